@@ -1,0 +1,55 @@
+# make demo    train a small model on the text every Python ships, end to end
+# make test    the quick tests            make test-all   the slow ones
+# make lint    ruff and mypy              make bench      speed of training on this machine
+# make clean   remove the environment and everything built
+#
+# PYTHON=python3.12 picks the interpreter, VENV=path the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lmssl-installed
+EXTRAS := fast,dev
+PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Nothing asks the hub: tests, demo and benchmark bring or build all they need.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo lint test test-all bench clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+install: $(STAMP)
+
+# The stamp is written last, so that an interrupted installation is repeated. The build tools come first and without
+# build isolation, because an isolated build would take versions that constraints.txt does not name.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "lmssl needs Python 3.11 or newer; '$(PYTHON)' is missing or older. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch "$(STAMP)"
+
+demo: install
+	"$(BIN)/python" -m lmssl demo
+
+lint: install
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m mypy --strict lmssl
+
+test: install
+	"$(BIN)/python" -m pytest -m "not slow" --durations=10
+
+test-all: install
+	"$(BIN)/python" -m pytest -m slow --durations=10
+
+bench: install
+	"$(BIN)/python" benchmarks/bench_train.py
+
+clean:
+	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""Makes benchmarks/REPORT.md from benchmarks/results/*.jsonl; no number is typed by hand.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median with minimum and maximum."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:{form}} ({low:{form}}-{high:{form}})"
+
+
+def where(record: dict[str, Any]) -> str:
+    """One line about date, machine and command."""
+    machine = record["machine"]
+    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "transformers", "accelerate", "tokenizers"))
+    return (
+        f"{record['date']}; {machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, {versions}.\n"
+        f"Reproduce: `{record['command']}`\n"
+    )
+
+
+def train(record: dict[str, Any]) -> str:
+    """Training rates, median over rounds with the range; the ratio is taken round by round."""
+    model = record["model"]
+    lines = [
+        "## Training, causal, CPU\n",
+        f"llama, {model['num_hidden_layers']} layers of {model['hidden_size']}, vocabulary {model['vocab_size']:,}; "
+        f"{record['rows']} sequences of {record['sequence_length']} tokens a step; {record['steps']} steps, the first "
+        f"{record['warmup']} not counted; same text (python_docs), tokenizer and threads, processes in turn.\n",
+        "| entrant | tokens/s | ratio | seconds to the first step's end |",
+        "| --- | --- | --- | --- |",
+    ]
+    for entrant in record["entrants"]:
+        lines.append(
+            f"| {entrant['name']} | {spread(entrant['tokens_per_second'], ',.0f')} "
+            f"| {spread(entrant['ratio_to_defaults'], '.2f')} | {spread(entrant['first_step_seconds'], '.1f')} |"
+        )
+    return "\n".join([*lines, "", where(record)])
+
+
+def startup(record: dict[str, Any]) -> str:
+    """Wall seconds of commands that must answer at once."""
+    lines = ["## Answers at once\n", "| command | seconds |", "| --- | --- |"]
+    lines += [f"| `{e['name']}` | {spread(e['seconds'], '.3f')} |" for e in record["entrants"]]
+    return "\n".join([*lines, "", where(record)])
+
+
+TABLES = {"train": train, "startup": startup}
+
+
+def main() -> None:
+    """Write the newest record of every benchmark as a table."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted((HERE / "results").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            newest[record["benchmark"]] = record
+    head = (
+        "# Benchmarks\n\nMade by `python benchmarks/report.py` from `benchmarks/results/`. Medians, with minimum and "
+        "maximum in brackets. Ratios are to the first baseline and taken within one round, because shared machines drift.\n"
+    )
+    tables = [TABLES[name](record) for name, record in newest.items()]
+    (HERE / "REPORT.md").write_text("\n".join([head, *tables]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

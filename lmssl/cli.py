@@ -1,0 +1,217 @@
+"""The verbs. Each imports what it needs inside its function, so that `--help` and `show` answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmssl import __version__
+from lmssl.errors import LmsslError, Preempted, RecipeError
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+# Typer brings its own copy of click from 0.20 on, so only what typer itself names is the same class everywhere.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    name="lmssl",
+    help="Self-supervised pretraining of language models, native to the Hugging Face ecosystem.",
+    epilog="Start with `lmssl demo`: minutes on a laptop, no download.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file; shipped ones begin with recipes/.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as optim.lr=3e-4.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lmssl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; so does LMSSL_DEBUG=1.")] = False,
+) -> None:
+    # `main` takes --debug out of the arguments before they come here; it stands here for the help.
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. [default: the first free one of runs/demo, runs/demo-2, ...]")
+    ] = None,
+) -> None:
+    """Pretrain a small model on Python's own documentation, export it and let it speak."""
+    from lmssl.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def tokenizer(
+    build: Annotated[Path, typer.Argument(metavar="BUILD", help="A build file, such as tokenizer/bpe-4k/build.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: tokenizer/<name>]")] = None,
+) -> None:
+    """Train a tokenizer and write it as a folder that AutoTokenizer reads."""
+    from lmssl.data.corpus import read_texts
+    from lmssl.recipe.load import load_section
+    from lmssl.shipped import find
+    from lmssl.tokenizer.load import load_tokenizer
+    from lmssl.tokenizer.train import TokenizerBuild, build_tokenizer
+
+    section = load_section(TokenizerBuild, find(build), overrides or ())
+    texts = read_texts(section.mixture, max_bytes=section.sample_bytes, max_document_bytes=section.max_document_bytes)
+    folder = build_tokenizer(section, texts, out or Path("tokenizer") / section.name)
+    typer.echo(f"{folder}: {load_tokenizer(folder).num_tokens:,} tokens")
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Pretrain; the same command continues an interrupted run."""
+    from lmssl.recipe.load import load_recipe
+    from lmssl.shipped import find
+
+    loaded = load_recipe(find(recipe), overrides or ())  # a wrong recipe is refused before torch is imported
+
+    from lmssl.train.run import train as run
+
+    run(loaded)
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="Build the real model, without weights, and count it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print a recipe in full: every value with its origin, and the numbers that follow."""
+    from lmssl import show as shown
+    from lmssl.recipe.load import load_recipe
+    from lmssl.shipped import find
+
+    loaded = load_recipe(find(recipe), overrides or ())
+    numbers = shown.derived_numbers(loaded.recipe)
+    if model:
+        numbers.append(shown.built_number(loaded.recipe))
+    typer.echo(shown.as_json(loaded, numbers) if as_json else shown.as_text(loaded, numbers))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write. [default: print it]")] = None,
+) -> None:
+    """Write the JSON Schema of a recipe, which lets editors complete and check recipes."""
+    from lmssl.recipe.schema import schema_text
+
+    if out is None:
+        typer.echo(schema_text(), nl=False)
+        return
+    try:
+        out.write_text(schema_text(), encoding="utf-8")
+    except OSError as error:
+        raise LmsslError(
+            f"the schema cannot be written: {error.strerror}", where=str(out), remedy="choose another --out"
+        ) from error
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/gpt-10m.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint. [default: the newest]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: RUN/export]")] = None,
+) -> None:
+    """Write a checkpoint as a folder for AutoModelForCausalLM, proven equal in a fresh process."""
+    from lmssl.export import export_run
+
+    export_run(run, step, out or run / "export")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code of the process."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given or os.environ.get("LMSSL_DEBUG", "") not in ("", "0")
+    return _guarded(lambda: _run([argument for argument in given if argument != "--debug"]), debug)
+
+
+def _run(arguments: list[str]) -> int:
+    # Not through `app()`, whose own handling of interrupts, pipes and mistakes would come first.
+    command = typer.main.get_command(app)
+    code = 0
+    try:
+        with command.make_context("lmssl", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as leave:
+        code = leave.exit_code
+    sys.stdout.flush()
+    return code
+
+
+def _guarded(run: Callable[[], int], debug: bool) -> int:
+    try:
+        return run()
+    except LmsslError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            _complain("stopped" if isinstance(error, Preempted) else "error", str(error))
+        return error.exit_code
+    except UsageError as error:
+        _complain("error", _usage(error))
+        return RecipeError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        if debug:
+            traceback.print_exc()
+        _complain("interrupted", "by the keyboard")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left. What is still buffered goes nowhere, or Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _complain(label: str, text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    who = f"[rank {rank}] " if rank != "0" else ""
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    shown = typer.style(f"{label}:", fg="red", bold=True) if coloured else f"{label}:"
+    print(f"{who}{shown} {text}", file=sys.stderr)
+
+
+def _usage(error: Any) -> str:
+    """A mistake on the command line in the same three parts as every other error."""
+    first, _, hint = error.format_message().split("\n")[0].rstrip(".").partition(" Did you mean ")
+    first, _, options = first.partition(" (Possible options: ")
+    hint = hint or (f"{options.rstrip(')')}?" if options else "")
+    what = first[:1].lower() + first[1:].rstrip(".")
+    verb = error.ctx.command_path if error.ctx is not None else "lmssl"
+    remedy = f"did you mean {hint}" if hint else f"see `{verb} --help`"
+    option = getattr(error, "option_name", None) or ""
+    if "." in option:
+        remedy = f"overrides have no dashes: {option.lstrip('-')}=VALUE"
+    return str(LmsslError(what, where=verb, remedy=remedy))

@@ -1,0 +1,1 @@
+"""Text to sequences: every batch is a pure function of its positions."""

@@ -1,0 +1,334 @@
+"""Positions -> this rank's micro-batches.
+
+A sampler in the main process turns positions into addresses, while a thread builds the windows ahead; loader
+workers map, pack and gather. Row i of a batch belongs to micro-batch `i // (world_size * m)` and rank
+`i % (world_size * m) // m`, where m is `micro_batch_sequences`; rows beyond the batch are empty. So all ranks run
+equally many micro-batches of one shape, and positions alone decide what they hold.
+
+Shapes: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import DataLoader, Dataset
+
+from lmssl.data.cache import Cancelled
+from lmssl.data.stream import SequenceStream, ValidationSplit
+from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan
+from lmssl.errors import DataError, LmsslError
+
+T = TypeVar("T")
+
+_PREFETCHED = 4
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceBatch:
+    """The sequences of one micro-batch."""
+
+    ids_BT: npt.NDArray[np.int64]
+    segments_BT: npt.NDArray[np.int32]
+    """1, 2, ... per segment of the row, 0 for padding."""
+    offsets_BT: npt.NDArray[np.int64]
+    """Index within the segment."""
+    positions_B: npt.NDArray[np.int64]
+    """Position of each row, or its index in a validation split; -1 for an empty row."""
+    num_bytes_B: npt.NDArray[np.float64]
+    """Bytes of text of each row; of a cut document, in proportion."""
+
+    @classmethod
+    def empty(cls, num_rows: int, layout: Layout) -> SequenceBatch:
+        """A micro-batch of empty rows."""
+        shape = (num_rows, layout.sequence_length)
+        return cls(
+            ids_BT=np.full(shape, layout.pad_id, np.int64),
+            segments_BT=np.zeros(shape, np.int32),
+            offsets_BT=np.zeros(shape, np.int64),
+            positions_B=np.full(num_rows, -1, np.int64),
+            num_bytes_B=np.zeros(num_rows, np.float64),
+        )
+
+    def fill(self, row: int, position: int, window: Window, index: int) -> None:
+        """Write one sequence of a window into a row."""
+        self.num_bytes_B[row] = window.gather_into(index, self.ids_BT[row], self.segments_BT[row], self.offsets_BT[row])
+        self.positions_B[row] = position
+
+
+def num_micro_batches(num_sequences: int, micro_batch_sequences: int, world_size: int) -> int:
+    """Micro-batches each rank runs for so many sequences."""
+    return -(-num_sequences // (micro_batch_sequences * world_size))
+
+
+def rank_rows(
+    number: int, num_sequences: int, micro_batch_sequences: int, world_size: int, rank: int
+) -> list[int | None]:
+    """Which sequences stand in the rows of a rank's micro-batch; None: an empty row."""
+    first = (number * world_size + rank) * micro_batch_sequences
+    return [i if i < num_sequences else None for i in range(first, first + micro_batch_sequences)]
+
+
+def training_batches(
+    stream: SequenceStream,
+    *,
+    batch_sequences: int,
+    micro_batch_sequences: int,
+    world_size: int,
+    rank: int,
+    start_step: int,
+    num_steps: int,
+    prepare: Callable[[SequenceBatch], T],
+    workers: int,
+) -> Iterator[list[T]]:
+    """The micro-batches of this rank, one list per step, from `start_step` on for `num_steps` steps.
+
+    `prepare` runs in the loader worker and must be picklable for `workers > 0`. Close the iterator to stop early.
+
+    Raises:
+        DataError: the text cannot be read or changed, or a loader worker died.
+    """
+    per_step = num_micro_batches(batch_sequences, micro_batch_sequences, world_size)
+    ahead = _BuildAhead(stream)
+
+    def requests() -> Iterator[_Request]:
+        for step in range(start_step, start_step + num_steps):
+            ahead.want(step * batch_sequences)
+            for number in range(per_step):
+                rows = rank_rows(number, batch_sequences, micro_batch_sequences, world_size, rank)
+                yield _request(stream, step * batch_sequences, rows)
+
+    gatherer = _Gatherer(stream.layout, 2 * len(stream.section.mixture), prepare)
+    source: _WorkerSource[T] | _ThreadSource[T] | None = None
+    try:
+        if workers:
+            source = _WorkerSource(gatherer, requests(), workers)
+        else:
+            source = _ThreadSource(gatherer[request] for request in requests())
+        for _ in range(num_steps):
+            yield [source.get() for _ in range(per_step)]
+    finally:
+        stream.cancel.set()
+        if source is not None:
+            source.close()
+        ahead.close()
+        stream.cancel.clear()
+
+
+def validation_batches(
+    split: ValidationSplit,
+    *,
+    micro_batch_sequences: int,
+    world_size: int,
+    rank: int,
+    prepare: Callable[[SequenceBatch], T],
+) -> Iterator[T]:
+    """The micro-batches of this rank over a validation split, in order; all ranks run equally many of one shape."""
+
+    def results() -> Iterator[T]:
+        for number in range(num_micro_batches(split.num_sequences, micro_batch_sequences, world_size)):
+            batch = SequenceBatch.empty(micro_batch_sequences, split.window.layout)
+            for row, index in enumerate(
+                rank_rows(number, split.num_sequences, micro_batch_sequences, world_size, rank)
+            ):
+                if index is not None:
+                    batch.fill(row, index, split.window, index)
+            yield prepare(batch)
+
+    source = _ThreadSource(results())
+    try:
+        for _ in range(num_micro_batches(split.num_sequences, micro_batch_sequences, world_size)):
+            yield source.get()
+    finally:
+        source.close()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a worker needs to know of a micro-batch: per row the position, the plan and the index in its window."""
+
+    rows: tuple[tuple[int, int, int] | None, ...]
+    plans: tuple[WindowPlan, ...]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way to the main process."""
+
+    error: Exception
+
+
+def _request(stream: SequenceStream, first: int, rows: list[int | None]) -> _Request:
+    plans: dict[WindowPlan, int] = {}
+    found: list[tuple[int, int, int] | None] = []
+    for row in rows:
+        if row is None:
+            found.append(None)
+            continue
+        address, plan = stream.locate(first + row)
+        found.append((first + row, plans.setdefault(plan, len(plans)), address.index))
+    return _Request(tuple(found), tuple(plans))
+
+
+class _Gatherer(Dataset[Any], Generic[T]):
+    """The map-style dataset: a request in, a prepared micro-batch out."""
+
+    def __init__(self, layout: Layout, num_windows: int, prepare: Callable[[SequenceBatch], T]) -> None:
+        self._windows = OpenWindows(layout, num_windows)
+        self._prepare = prepare
+
+    def __getitem__(self, request: _Request) -> T:
+        batch = SequenceBatch.empty(len(request.rows), self._windows.layout)
+        for row, found in enumerate(request.rows):
+            if found is not None:
+                position, plan, index = found
+                batch.fill(row, position, self._windows.get(request.plans[plan]), index)
+        return self._prepare(batch)
+
+
+class _Carrying(Dataset[Any]):
+    """A gatherer that returns its errors, because a loader keeps no more of an exception than its text."""
+
+    def __init__(self, gatherer: _Gatherer[Any]) -> None:
+        self._gatherer = gatherer
+
+    def __getitem__(self, request: _Request) -> Any:
+        try:
+            return self._gatherer[request]
+        except LmsslError as error:
+            return _Failure(error)
+
+
+class _BuildAhead:
+    """A thread that keeps every corpus one window ahead of the last wanted position."""
+
+    def __init__(self, stream: SequenceStream) -> None:
+        self._stream = stream
+        self._position = 0
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="build-ahead", daemon=True)
+        self._started = False
+
+    def want(self, position: int) -> None:
+        """Tell how far the reader is."""
+        self._position = position
+        self._wake.set()
+        if not self._started:
+            self._started = True
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop; the stream's `cancel` must be set."""
+        self._wake.set()
+        if self._started:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                if self._stream.cancel.is_set():
+                    return
+                self._stream.build_ahead(self._position)
+            except Cancelled:
+                return
+            except LmsslError as error:
+                # The reader meets the same error when it gets there; until then there is text to train on.
+                self._stream.report(f"building ahead stopped: {error.what}")
+                return
+
+
+class _WorkerSource(Generic[T]):
+    """Micro-batches from loader processes, in order."""
+
+    def __init__(self, gatherer: _Gatherer[T], requests: Iterator[_Request], workers: int) -> None:
+        loader = DataLoader(
+            _Carrying(gatherer),
+            sampler=requests,  # any iterable serves; it is drawn from in this process
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context="spawn",  # a forked child would inherit locks of the threads here
+            prefetch_factor=_PREFETCHED,
+            worker_init_fn=_leave_signals_to_main,
+        )
+        self._batches = iter(loader)
+
+    def get(self) -> T:
+        """The next one."""
+        try:
+            item: T | _Failure = next(self._batches)
+        except RuntimeError as error:
+            if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
+                raise DataError(
+                    f"a loader process died: {error}",
+                    where="data.workers",
+                    remedy="look for an out-of-memory message of the system; data.workers=0 loads without processes",
+                ) from error
+            raise
+        return _unwrapped(item)
+
+    def close(self) -> None:
+        """Stop the processes and wait for them."""
+        shutdown = getattr(self._batches, "_shutdown_workers", None)
+        if shutdown is not None:  # what the iterator's finaliser calls; references must not decide when
+            shutdown()
+
+
+class _ThreadSource(Generic[T]):
+    """Results of an iterator that a thread runs a few steps ahead."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+        self._queue: queue.Queue[T | _Failure] = queue.Queue(_PREFETCHED)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def get(self) -> T:
+        """The next one."""
+        return _unwrapped(self._queue.get())
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+        except Cancelled:
+            return
+        except Exception as error:  # whatever it is, the main thread is to raise it
+            self._put(_Failure(error))
+
+    def _put(self, item: T | _Failure) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+def _unwrapped(item: T | _Failure) -> T:
+    if isinstance(item, _Failure):
+        raise item.error
+    return item
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """A signal to the whole process group must not stop loading while the main process still saves."""
+    del worker
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)

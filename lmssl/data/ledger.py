@@ -1,0 +1,122 @@
+"""The ledger: what is known of the order so far, saved with every checkpoint.
+
+One line names the stages and the settings that the order depends on; each further line is a window. With these a
+position finds its window without any text being read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lmssl.data.order import Stage
+from lmssl.errors import CheckpointError
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One window."""
+
+    corpus: str
+    epoch: int
+    window: int
+    num_chunks: int
+    num_sequences: int
+    checksum: str
+    """Of the chunks' content."""
+    next_unit: int
+    """Where the next window starts: rank of its unit in the epoch's permutation, and chunk of that unit."""
+    next_chunk: int
+    ends_epoch: bool
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    num_padding: int
+    num_cut_documents: int
+    num_bad: int
+
+
+class Ledger:
+    """Windows in order, by corpus; entries are only ever appended."""
+
+    def __init__(self, stages: Iterable[Stage], settings: Mapping[str, Any]) -> None:
+        self.stages = tuple(stages)
+        self.settings = dict(settings)
+        """What the order depends on, by recipe field; compared when a run continues."""
+        self._entries: dict[str, list[LedgerEntry]] = {}
+        self._ends: dict[str, list[int]] = {}
+
+    def entries(self, corpus: str) -> list[LedgerEntry]:
+        """Windows of a corpus, in order."""
+        return self._entries.get(corpus, [])
+
+    def num_sequences(self, corpus: str) -> int:
+        """Sequences of a corpus in the windows known so far."""
+        ends = self._ends.get(corpus)
+        return ends[-1] if ends else 0
+
+    def append(self, entry: LedgerEntry) -> None:
+        """Add the next window of a corpus."""
+        end = self.num_sequences(entry.corpus) + entry.num_sequences
+        # Readers in other threads look at the ends first.
+        self._entries.setdefault(entry.corpus, []).append(entry)
+        self._ends.setdefault(entry.corpus, []).append(end)
+
+    def find(self, corpus: str, k: int) -> tuple[int, int] | None:
+        """Number of the window that holds the k-th sequence of a corpus and the index in it; None: not known yet."""
+        ends = self._ends.get(corpus, [])
+        number = bisect_right(ends, k)
+        if number == len(ends):
+            return None
+        return number, k - (ends[number - 1] if number else 0)
+
+    def up_to(self, counts: Mapping[str, int]) -> Ledger:
+        """The windows that hold the first `counts[corpus]` sequences of each corpus, and no more."""
+        kept = Ledger(self.stages, self.settings)
+        for corpus, count in counts.items():
+            found = self.find(corpus, count - 1) if count else None
+            for entry in self.entries(corpus)[: found[0] + 1 if found else 0]:
+                kept.append(entry)
+        return kept
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal ledgers."""
+        return hashlib.blake2b(self.text().encode(), digest_size=16).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write JSON lines."""
+        path.write_text(self.text(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or is not a ledger.
+        """
+        try:
+            first, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if first["format"] != _FORMAT:
+                raise ValueError(f"its format is {first['format']}, this version reads {_FORMAT}")
+            ledger = cls([Stage.from_json(stage) for stage in first["stages"]], first["settings"])
+            for line in lines:
+                ledger.append(LedgerEntry(**{field.name: line[field.name] for field in fields(LedgerEntry)}))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the ledger cannot be read: {error}", where=str(path), remedy="continue from an older checkpoint"
+            ) from error
+        return ledger
+
+    def text(self) -> str:
+        """The JSON lines that `load` reads."""
+        first = {"format": _FORMAT, "stages": [stage.to_json() for stage in self.stages], "settings": self.settings}
+        entries = (asdict(entry) for corpus in sorted(self._entries) for entry in self._entries[corpus])
+        return "".join(json.dumps(line) + "\n" for line in (first, *entries))

@@ -1,0 +1,133 @@
+"""One reader per file kind: a part of a source in, records out; a record that cannot be read is a `BadRecord`.
+
+Text and JSON lines are read from byte ranges. A record belongs to the range in which it starts, so ranges that
+tile a file yield every record once, wherever the cuts fall.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+from lmssl.data import hf_datasets, parquet_files, python_docs
+from lmssl.data.archive import ARCHIVE_ERRORS, broken_archive, open_bytes
+from lmssl.data.records import BadRecord, Format, Item, Part, Record, changed, checked, file_version, unreadable
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_part(form: Format, part: Part) -> Iterator[Item]:
+    """Records of a part, in order.
+
+    Raises:
+        DataError: the source is missing, unreadable, truncated, corrupt or changed since it was listed.
+    """
+    if form.kind == "datasets":
+        yield from hf_datasets.read_rows(form, part)
+        return
+    if file_version(part.path) != part.version:
+        raise changed(part.path)
+    try:
+        yield from _read_file(form, part)
+    except ARCHIVE_ERRORS as error:
+        raise broken_archive(part.path, error) from error
+    except OSError as error:
+        raise unreadable(part.path, error) from error
+
+
+def _read_file(form: Format, part: Part) -> Iterator[Item]:
+    if form.kind == "parquet":
+        yield from parquet_files.read_rows(form, part)
+    elif form.kind == "python_docs":
+        yield from python_docs.read_docs(part.path)
+    else:
+        with open_bytes(part.path) as file:
+            if form.kind == "jsonl":
+                yield from _read_jsonl(_lines(file, part), form.field)
+            else:
+                yield from _read_text(file, part, form.document)
+
+
+def _lines(file: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
+    """(byte start, line) of the lines that start in the part; the byte order mark is dropped."""
+    position = 0
+    if part.start:
+        file.seek(part.start - 1)
+        position = part.start - 1 + len(file.readline())
+    for line in file:
+        if part.stop is not None and position >= part.stop:
+            return
+        yield position, line.removeprefix(_BOM) if position == 0 else line
+        position += len(line)
+
+
+def _read_text(file: BinaryIO, part: Part, document: str | None) -> Iterator[Item]:
+    if document == "line":
+        pieces: Iterable[tuple[int, bytes]] = ((start, line.rstrip(b"\r\n")) for start, line in _lines(file, part))
+    elif document == "paragraph":
+        pieces = (_without_blank_lines(start, piece) for start, piece in _paragraphs(file, part))
+    elif part.start == 0 and part.stop is None:
+        pieces = [(0, file.read().removeprefix(_BOM))]
+    else:
+        # A long file that will be cut into sections anyway: the paragraphs of this range, as one text.
+        run = list(_paragraphs(file, part))
+        pieces = [(run[0][0], b"".join(piece for _, piece in run))] if run else []
+    number = 0
+    for start, piece in pieces:
+        if piece.strip():
+            yield _decoded(piece, number, start)
+            number += 1
+
+
+def _paragraphs(file: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
+    """(byte start, text) of paragraphs, each with the blank line before it, which decides the part it belongs to."""
+    start, held, begun = 0, [], part.start == 0  # type: tuple[int, list[bytes], bool]
+    for position, line in _lines(file, Part(part.path, part.version, part.start)):
+        if not line.strip():
+            if begun and held:
+                yield start, b"".join(held)
+                held = []
+            if part.stop is not None and position >= part.stop:
+                return
+            begun = True
+        if begun:
+            start = start if held else position
+            held.append(line)
+    if held:
+        yield start, b"".join(held)
+
+
+def _without_blank_lines(start: int, piece: bytes) -> tuple[int, bytes]:
+    first, _, rest = piece.partition(b"\n")
+    if not first.strip():
+        start, piece = start + len(first) + 1, rest
+    return start, piece.rstrip(b"\r\n")
+
+
+def _decoded(raw: bytes, number: int, start: int) -> Item:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(number, start, f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {start + error.start}")
+    return Record(text.replace("\r\n", "\n"), number, start)
+
+
+def _read_jsonl(lines: Iterable[tuple[int, bytes]], field: str) -> Iterator[Item]:
+    number = 0
+    for start, line in lines:
+        if line.strip():
+            yield _json_record(line, field, number, start)
+            number += 1
+
+
+def _json_record(line: bytes, field: str, number: int, start: int) -> Item:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRecord(number, start, f"not UTF-8: byte 0x{line[error.start]:02x} at byte {start + error.start}")
+    except (ValueError, RecursionError) as error:
+        return BadRecord(number, start, f"not JSON: {error}")
+    if not isinstance(values, dict):
+        return BadRecord(number, start, f"a JSON {type(values).__name__} instead of an object")
+    return checked(values.get(field), field, number, start, tuple(values))

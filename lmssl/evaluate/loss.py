@@ -1,0 +1,72 @@
+"""Exact loss and bits per byte on held-out sequences: sums first, one division at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from lmssl.objective.base import MicroBatch, SumObjective
+from lmssl.objective.module import LossModule
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Sums over the held-out text of one corpus, or of all."""
+
+    nats: float
+    """Summed loss of the objective's first term."""
+    num_targets: int
+    num_bytes: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per target."""
+        return self.nats / self.num_targets if self.num_targets else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of text; end-of-document targets are paid for, unpredicted first tokens are free."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
+def evaluate_loss(
+    module: LossModule,
+    objective: SumObjective,
+    splits: Mapping[str, Iterable[MicroBatch]],
+    accelerator: Accelerator,
+) -> dict[str, LossResult]:
+    """Loss of every corpus and, under `""`, of all together; the same for any batch size and number of processes.
+
+    Args:
+        module: the unwrapped module; it is left in the mode it came in.
+        splits: this rank's micro-batches by corpus, equally many on every rank.
+    """
+    term = next(iter(objective.weights))
+    sums: dict[str, torch.Tensor] = {}
+    was_training = module.training
+    module.eval()
+    try:
+        # Compiling a second graph for a few batches would cost more than it saves.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for corpus, batches in splits.items():
+                sums[corpus] = torch.zeros(3, dtype=torch.float64)
+                for micro in batches:
+                    inputs = {name: tensor.to(accelerator.device) for name, tensor in micro.inputs.items()}
+                    nats = module(inputs)[term].double().cpu()
+                    sums[corpus] += torch.tensor([float(nats), micro.counts[term], micro.num_bytes], dtype=torch.float64)
+    finally:
+        module.train(was_training)
+    names = list(sums)
+    stacked = torch.stack([sums[name] for name in names]).to(accelerator.device)
+    rows = accelerator.reduce(stacked, "sum").cpu()
+    found = {name: _result(row) for name, row in zip(names, rows, strict=True)}
+    return {"": _result(rows.sum(0)), **found}
+
+
+def _result(row: torch.Tensor) -> LossResult:
+    nats, num_targets, num_bytes = row.tolist()
+    return LossResult(nats, round(num_targets), num_bytes)

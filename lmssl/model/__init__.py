@@ -1,0 +1,1 @@
+"""Stock transformers models: construction, document attention, the loss head, FLOPs."""

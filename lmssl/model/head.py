@@ -1,0 +1,112 @@
+"""The loss at targets, without the `tokens x vocabulary` matrix.
+
+Logits of a chunk of targets live only while that chunk's loss and gradients are taken. The gradient is computed in
+the forward pass and scaled in the backward pass, so the head costs three matrix products, as an ordinary head does,
+and not the four of a recomputed one.
+
+Shapes: N targets, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmssl.errors import ModelError
+
+IGNORE = -100
+"""Target of a position that predicts nothing, as in torch and transformers."""
+
+
+def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk_targets: int) -> Tensor:
+    """Sum of cross-entropies in nats over targets that are not `IGNORE`, a float32 scalar.
+
+    Args:
+        hidden_ND: hidden states, in the type of the matrix products.
+        weight_VD: output embedding; its gradient is accumulated in float32.
+        targets_N: int64, in [0, V) or `IGNORE`.
+        chunk_targets: targets whose logits exist at once.
+    Source: the fused linear cross-entropy of Liger-Kernel (Hsu et al. 2024); differs in being plain torch, so that
+    the compiler fuses it on any device, and in keeping the weight's gradient in float32.
+    """
+    if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
+        return _forward_only(hidden_ND, weight_VD, targets_N, chunk_targets)
+    loss: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_targets)
+    return loss
+
+
+def _forward_only(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_targets: int) -> Tensor:
+    weight = weight_VD.to(hidden_ND.dtype)
+    total = hidden_ND.new_zeros((), dtype=torch.float32)
+    for start in range(0, hidden_ND.shape[0], chunk_targets):
+        part = slice(start, start + chunk_targets)
+        logits_NV = (hidden_ND[part] @ weight.t()).float()
+        total = total + F.cross_entropy(logits_NV, targets_N[part], ignore_index=IGNORE, reduction="sum")
+    return total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_targets: int) -> Tensor:
+        weight = weight_VD.to(hidden_ND.dtype)
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        grad_hidden: list[Tensor] = []
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, hidden_ND.shape[0], chunk_targets):
+            part = slice(start, start + chunk_targets)
+            loss, grad_logits_NV = _chunk(hidden_ND[part], weight, targets_N[part])
+            total = total + loss
+            grad_hidden.append(grad_logits_NV @ weight)
+            grad_weight = grad_weight + grad_logits_NV.t() @ hidden_ND[part]
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], None, None
+
+
+def _chunk(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of one chunk and its gradient with respect to the logits."""
+    logits_NV = (hidden_ND @ weight_VD.t()).float()
+    kept_N = targets_N != IGNORE
+    safe_N = torch.where(kept_N, targets_N, 0)
+    lse_N = torch.logsumexp(logits_NV, dim=-1)
+    picked_N = logits_NV.gather(1, safe_N[:, None])[:, 0]
+    loss = torch.where(kept_N, lse_N - picked_N, 0.0).sum()
+    vocabulary = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    hit_NV = (vocabulary[None, :] == safe_N[:, None]).to(logits_NV.dtype)
+    grad_NV = (torch.exp(logits_NV - lse_N[:, None]) - hit_NV) * kept_N[:, None]
+    return loss, grad_NV.to(hidden_ND.dtype)
+
+
+def chunk_size(num_targets: int, vocab_size: int, *, logits_bytes: int = 2**26) -> int:
+    """Targets per chunk so that float32 logits of one chunk take about `logits_bytes` (64 MiB).
+
+    >>> chunk_size(8192, 16384)
+    1024
+    """
+    size = max(256, logits_bytes // (4 * vocab_size))
+    size = 1 << (size.bit_length() - 1)  # a power of two divides the usual target counts: one shape, one kernel
+    return min(size, num_targets)
+
+
+def output_weight(model: nn.Module) -> nn.Parameter:
+    """The output embedding [V, D] of a stock model.
+
+    Raises:
+        ModelError: the head has a bias, which the chunked loss does not compute.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(
+            f"{type(model).__name__} has a bias in its output head, which the chunked loss does not compute",
+            where="model.kind",
+            remedy="use a family without one: llama, qwen3, gpt2",
+        )
+    weight: nn.Parameter = head.weight
+    return weight

@@ -1,0 +1,1 @@
+"""Objectives: from sequences to inputs, targets, summed losses and target counts."""

@@ -1,0 +1,1 @@
+"""Optimiser groups and learning-rate schedules."""

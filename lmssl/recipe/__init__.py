@@ -1,0 +1,1 @@
+"""Recipes: YAML and overrides to frozen, strict models; imports no torch."""

@@ -1,0 +1,179 @@
+"""A resolved recipe as a person reads it: every value with its origin, and the numbers that follow.
+
+Answers at once: sizes come from closed formulas and the vocabulary from `tokenizer.json` itself, so neither torch nor
+transformers is imported unless the real model is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmssl.model import flops
+from lmssl.recipe.load import Loaded, flat
+from lmssl.recipe.sections import Recipe, WsdSchedule, derived_fields
+from lmssl.recipe.source import Origin
+from lmssl.shipped import find
+
+_MOST_VALUE_WIDTH = 44
+
+
+@dataclass(frozen=True)
+class Number:
+    """One derived number; `value` is None where it cannot be known yet, and `how` says why."""
+
+    name: str
+    value: int | float | None
+    how: str
+
+    @property
+    def text(self) -> str:
+        """The value as people read it."""
+        if self.value is None:
+            return "unknown"
+        if isinstance(self.value, float):
+            return f"{self.value:.3g}"
+        return f"{self.value:,}" if self.value < 1e15 else f"{self.value:.3e}"
+
+
+def derived_numbers(recipe: Recipe) -> list[Number]:
+    """What follows from the recipe and, if it is there, its tokenizer."""
+    return [*_step_numbers(recipe), *_size_numbers(recipe)]
+
+
+def built_number(recipe: Recipe) -> Number:
+    """Parameters of the real model, built without weights; imports torch and transformers.
+
+    Raises:
+        LmsslError: the tokenizer is missing or the model cannot be built.
+    """
+    from lmssl.model.build import build_config, build_model
+    from lmssl.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(find(recipe.tokenizer.path))
+    length, vocab_size = recipe.data.sequence_length, recipe.vocab_size(tokenizer.num_tokens)
+    config = build_config(recipe.model, vocab_size=vocab_size, sequence_length=length, tokenizer=tokenizer)
+    model = build_model(config, seed=recipe.seed, device="meta")
+    built = sum(parameter.numel() for parameter in model.parameters())
+    how = f"{type(model).__name__}, built without weights"
+    if flops.has_formula(recipe.model):
+        counted = flops.num_parameters(recipe.model, vocab_size=vocab_size, sequence_length=length).total
+        how += ", equal to the formula" if counted == built else f"; the formula is off by {counted - built:+,}"
+    return Number("parameters_built", built, how)
+
+
+def as_text(loaded: Loaded, numbers: list[Number]) -> str:
+    """The recipe as an aligned tree of key, value and origin, then the derived numbers."""
+    rows = [*_tree_rows(loaded), ("", "", ""), ("derived", "", "")]
+    rows += [(f"  {number.name}", number.text, number.how) for number in numbers]
+    keys = max(len(key) for key, _, _ in rows)
+    values = max(len(value) for _, value, _ in rows if len(value) <= _MOST_VALUE_WIDTH)
+    lines = [f"{loaded.recipe.name}, from {loaded.path}", ""]
+    lines += [f"{key:<{keys}}  {value:<{values}}  {note}".rstrip() for key, value, note in rows]
+    return "\n".join(lines)
+
+
+def as_json(loaded: Loaded, numbers: list[Number]) -> str:
+    """The same as one JSON object: `recipe`, `origins` by dotted path, `derived` by name."""
+    content = {
+        "path": str(loaded.path),
+        "recipe": loaded.recipe.model_dump(mode="json", by_alias=True),
+        "origins": {path: _origin_json(origin) for path, origin in loaded.origins.items()},
+        "fields": derived_fields(loaded.recipe),
+        "derived": {number.name: number.value for number in numbers},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _step_numbers(recipe: Recipe) -> list[Number]:
+    train, schedule = recipe.train, recipe.schedule
+    warmup = math.ceil(schedule.warmup_tokens / train.batch_tokens)
+    if isinstance(schedule, WsdSchedule):
+        decay, how = math.ceil(schedule.decay_ratio * train.tokens / train.batch_tokens), "the last, linear"
+    else:
+        decay, how = recipe.steps - warmup, f"all after the warmup, {schedule.kind}"
+    accumulation = math.ceil(recipe.batch_sequences / train.micro_batch_sequences)
+    return [
+        Number("steps", recipe.steps, "train.tokens / train.batch_tokens, rounded up"),
+        Number("warmup_steps", warmup, "schedule.warmup_tokens / train.batch_tokens"),
+        Number("decay_steps", decay, how),
+        Number("batch_sequences", recipe.batch_sequences, "train.batch_tokens / data.sequence_length"),
+        Number("accumulation", accumulation, "micro-batches of one step on one device"),
+    ]
+
+
+def _size_numbers(recipe: Recipe) -> list[Number]:
+    vocabulary = _vocabulary(recipe)
+    names = ("parameters", "flops_per_token", "total_flops", "tokens_per_parameter", "training_bytes")
+    if vocabulary.value is None:
+        return [vocabulary, *(Number(name, None, "needs the vocabulary") for name in names)]
+    model, length, rows = recipe.model, recipe.data.sequence_length, int(vocabulary.value)
+    if not flops.has_formula(model):
+        why = f"no formula for {getattr(model, 'kind', 'this kind')}; --model builds and counts it"
+        return [vocabulary, *(Number(name, None, why) for name in names)]
+    parameters = flops.num_parameters(model, vocab_size=rows, sequence_length=length)
+    per_token = flops.flops_per_token(model, vocab_size=rows, sequence_length=length)
+    total = per_token * recipe.steps * recipe.train.batch_tokens
+    head = f"head {parameters.head:,}" if parameters.head else "head shared"
+    return [
+        vocabulary,
+        Number("parameters", parameters.total, f"body {parameters.body:,}, embedding {parameters.embedding:,}, {head}"),
+        Number("flops_per_token", per_token, "forward and backward, causal attention"),
+        Number("total_flops", total, "flops_per_token x tokens of all steps"),
+        Number("tokens_per_parameter", recipe.train.tokens / parameters.total, "20 is compute-optimal for training"),
+        Number("training_bytes", flops.training_memory(parameters.total).total, "weights, gradients and AdamW in fp32"),
+    ]
+
+
+def _vocabulary(recipe: Recipe) -> Number:
+    if recipe.model.vocab_size is not None:
+        return Number("vocab_size", recipe.model.vocab_size, "model.vocab_size")
+    folder = find(recipe.tokenizer.path)
+    file = folder / "tokenizer.json"
+    try:
+        num_tokens = _num_tokens(file)
+    except FileNotFoundError:
+        return Number("vocab_size", None, f"there is no {file}; build it with `lmssl tokenizer`")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Number("vocab_size", None, f"{file} cannot be read as a tokenizer")
+    how = f"{num_tokens:,} tokens of {recipe.tokenizer.path}, up to a multiple of {recipe.tokenizer.pad_to_multiple}"
+    return Number("vocab_size", recipe.vocab_size(num_tokens), how)
+
+
+def _num_tokens(file: Path) -> int:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    # Unigram stores a list in the order of ids, the others a mapping to ids.
+    last = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values())
+    return int(max([last, *(int(token["id"]) for token in content["added_tokens"])])) + 1
+
+
+def _tree_rows(loaded: Loaded) -> list[tuple[str, str, str]]:
+    derived = derived_fields(loaded.recipe)
+    rows: list[tuple[str, str, str]] = []
+    above: tuple[str, ...] = ()
+    for path, value in flat(loaded.recipe).items():
+        parts = tuple(path.split("."))
+        for depth, part in enumerate(parts[:-1]):
+            if above[: depth + 1] != parts[: depth + 1]:
+                rows.append(("  " * depth + part, "", ""))
+        above = parts[:-1]
+        origin = loaded.origins[path]
+        shown = derived.get(path, value) if origin.kind == "derived" else value
+        rows.append(("  " * (len(parts) - 1) + parts[-1], _value(shown), str(origin)))
+    return rows
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(part) for part in value) + "]"
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    return f"{value:_}" if isinstance(value, int) else str(value)
+
+
+def _origin_json(origin: Origin) -> dict[str, Any]:
+    return {"kind": origin.kind} if origin.mark is None else {"kind": origin.kind, "mark": origin.mark}

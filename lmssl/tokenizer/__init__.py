@@ -1,0 +1,1 @@
+"""Train, load and run tokenizers; no torch below this package."""

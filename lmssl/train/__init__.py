@@ -1,0 +1,1 @@
+"""The training loop, read top to bottom: run -> session -> step."""

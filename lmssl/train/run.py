@@ -1,0 +1,273 @@
+"""`lmssl train`: from a recipe to a finished run, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lmssl.errors import Preempted, TrainingError
+from lmssl.evaluate.loss import LossResult
+from lmssl.optim.schedule import lr_ratio
+from lmssl.recipe.load import Loaded, flat
+from lmssl.recipe.sections import Recipe
+from lmssl.train.console import RunConsole
+from lmssl.train.metrics import MetricsLog, add_measured, interval_metrics
+from lmssl.train.session import Session, open_session
+from lmssl.train.state import Interval
+from lmssl.train.step import Measured, train_step
+
+
+class StopFlag:
+    """Set by SIGINT and SIGTERM; the loop reads it between steps. A second SIGINT interrupts at once."""
+
+    requested = False
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def train(loaded: Loaded) -> Path:
+    """Train a recipe to its last step, continuing by itself in an existing run folder; returns the folder.
+
+    Raises:
+        Preempted: a signal stopped the run after a checkpoint.
+        LmsslError: see `open_session`.
+    """
+    recipe = loaded.recipe
+    notes: list[str] = []
+    session = open_session(recipe, notes.append)
+    main = session.accelerator.is_main_process
+    total = recipe.steps * recipe.train.batch_tokens
+    session.accelerator.init_trackers(recipe.name, config=_tracked_config(recipe))
+    with RunConsole(enabled=main, total_tokens=total, first_tokens=session.state.tokens_seen) as console:
+        session.report = console.note
+        for note in [*notes, *opening_lines(session)]:
+            console.note(note)
+        log = MetricsLog(session.run / "metrics.jsonl", step=session.state.step) if main else None
+        try:
+            with stop_flag() as stop:
+                _loop(session, console, log, stop)
+        finally:
+            if log is not None:
+                log.close()
+            session.accelerator.end_training()
+    return session.run
+
+
+def _tracked_config(recipe: Recipe) -> dict[str, Any] | None:
+    """The recipe as trackers take it: flat, and only of plain values."""
+    if not recipe.track.trackers:
+        return None
+    return {path: v if isinstance(v, (bool, int, float, str)) else str(v) for path, v in flat(recipe).items()}
+
+
+def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: StopFlag) -> None:
+    """Steps from the state's to the recipe's last; log, evaluate and save in this order after each."""
+    recipe, state = session.recipe, session.state
+    if state.step == 0 and recipe.steps:
+        _evaluate(session, console, log)
+    clock = Clock(state.tokens_seen)
+    batches = session.batches()
+    pending: list[Measured] = []
+    try:
+        while state.step < recipe.steps:
+            with clock.waiting():
+                micro_batches = next(batches)
+            lr = recipe.optim.lr * lr_ratio(
+                recipe.schedule, tokens_seen=state.tokens_seen, total_tokens=recipe.train.tokens
+            )
+            measured = train_step(
+                session.module,
+                session.optimizer,
+                session.objective,
+                micro_batches,
+                session.accelerator,
+                lr=lr,
+                max_grad_norm=recipe.optim.max_grad_norm,
+                seed=recipe.seed,
+                step=state.step,
+                stop_requested=stop.requested,
+            )
+            pending.append(measured)
+            state.step += 1
+            state.tokens_seen += recipe.train.batch_tokens
+            state.cursor += recipe.batch_sequences
+            last = state.step == recipe.steps
+            log_due = last or _due(state.step, recipe.train.log_every_steps)
+            evaluate_due = last or _due(state.step, recipe.evaluate.every_steps)
+            save_due = last or _due(state.step, recipe.checkpoint.every_steps)
+            # The device is read one step late, so that it never waits for the host, but at once before a line or a save.
+            stopping = _read(session, pending, keep=0 if log_due or evaluate_due or save_due else 1)
+            if stopping:
+                _read(session, pending, keep=0)
+            if log_due:
+                _log(session, console, log, clock, lr, float(measured.grad_norm.item()))
+            if evaluate_due:
+                _evaluate(session, console, log)
+                clock.restart(state.tokens_seen)
+            if save_due or stopping:
+                session.save()
+                clock.restart(state.tokens_seen)
+            if stopping and not last:
+                raise Preempted(
+                    f"stopped by a signal after step {state.step}; everything up to it is saved",
+                    where=str(session.run),
+                    remedy="run the same command to continue",
+                )
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+def _due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _read(session: Session, pending: list[Measured], *, keep: int) -> bool:
+    """Read all but the newest `keep` measured steps; returns whether a rank was asked to stop.
+
+    Raises:
+        TrainingError: too many updates in a row were not finite.
+    """
+    recipe, state = session.recipe, session.state
+    stopping = False
+    while len(pending) > keep:
+        step = state.step - len(pending) + 1
+        measured = pending.pop(0)
+        stopping |= int(measured.stop.item()) > 0
+        finite = add_measured(state.interval, measured)
+        state.consecutive_skips = 0 if finite else state.consecutive_skips + 1
+        if finite:
+            continue
+        state.skipped_steps += 1
+        end = step * recipe.batch_sequences
+        positions = f"positions {end - recipe.batch_sequences} to {end - 1}"
+        session.report(f"step {step} skipped: its loss or gradient is not finite; {positions}")
+        if state.consecutive_skips > recipe.train.max_skipped_steps:
+            raise TrainingError(
+                f"{state.consecutive_skips} steps in a row had a loss or gradient that is not finite",
+                where=f"step {step}, {positions}",
+                remedy="lower optim.lr, lengthen schedule.warmup_tokens, or use fp32; earlier checkpoints are intact",
+            )
+    return stopping
+
+
+def _log(
+    session: Session, console: RunConsole, log: MetricsLog | None, clock: Clock, lr: float, grad_norm: float
+) -> None:
+    """One line of metrics from the interval's sums; clock fields stand apart, for they differ between equal runs."""
+    recipe, state = session.recipe, session.state
+    row: dict[str, Any] = {"kind": "train", "step": state.step, "tokens": state.tokens_seen}
+    row |= interval_metrics(state.interval, sequence_tokens=recipe.train.batch_tokens)
+    row |= {"lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
+    row |= {"skipped_steps": state.skipped_steps, "next_position": state.cursor, "time": clock.read(state.tokens_seen)}
+    state.interval = Interval()
+    rate = row["time"]["tokens_per_second"]
+    left = recipe.steps * recipe.train.batch_tokens - state.tokens_seen
+    console.advance(row, left / rate if rate else None)
+    if log is not None:
+        log.write(row)
+    _track(session, row)
+
+
+def _evaluate(session: Session, console: RunConsole, log: MetricsLog | None) -> None:
+    started = time.monotonic()
+    results = session.evaluate()
+    if results is None:
+        return
+    state = session.state
+    row: dict[str, Any] = {"kind": "evaluate", "step": state.step, "tokens": state.tokens_seen}
+    row |= _evaluation_row(results)
+    state.evaluation = {"step": state.step, "loss": row["loss"], "bits_per_byte": row["bits_per_byte"]}
+    row["time"] = {"seconds": time.monotonic() - started}
+    console.note(
+        f"validation at step {state.step}: loss {row['loss']:.4f}  bits/byte {row['bits_per_byte']:.3f}"
+        f"  ({row['num_targets']:,} targets)"
+    )
+    if log is not None:
+        log.write(row)
+    _track(session, {f"validation_{k}": v for k, v in row.items()} | {"step": state.step})
+
+
+def _evaluation_row(results: dict[str, LossResult]) -> dict[str, Any]:
+    whole = results[""]
+    row = {"loss": whole.loss, "bits_per_byte": whole.bits_per_byte, "num_targets": whole.num_targets}
+    by_corpus = {name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte} for name, r in results.items() if name}
+    return {**row, "corpora": by_corpus}
+
+
+def _track(session: Session, row: dict[str, Any]) -> None:
+    """Hand numbers to the trackers; a tracker that fails must not stop training."""
+    numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+    if not session.recipe.track.trackers:
+        return
+    try:
+        session.accelerator.log(numbers, step=row["step"])
+    except Exception as error:
+        session.report(f"tracker failed, training goes on: {error}")
+
+
+def opening_lines(session: Session) -> list[str]:
+    """What a person wants to know before the first step."""
+    recipe, accelerator = session.recipe, session.accelerator
+    num_parameters = sum(p.numel() for p in session.core.parameters())
+    name = type(session.core.model).__name__
+    processes = f" x {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
+    where = f"{accelerator.device.type}{processes}, {recipe.train.precision}, compile {session.compiled}"
+    return [
+        f"{recipe.name}: {name}, {num_parameters:,} parameters on {where}",
+        f"{recipe.steps:,} steps of {recipe.train.batch_tokens:,} tokens; run folder {session.run}",
+    ]
+
+
+class Clock:
+    """Seconds, tokens per second and waiting for data since the last line."""
+
+    def __init__(self, tokens: int) -> None:
+        self.restart(tokens)
+
+    def restart(self, tokens: int) -> None:
+        """Begin a new interval, leaving out what lay before."""
+        self._started, self._tokens, self._waited = time.monotonic(), tokens, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - started
+
+    def read(self, tokens: int) -> dict[str, float]:
+        """Numbers since the last reading, then restart."""
+        seconds = max(1e-9, time.monotonic() - self._started)
+        row = {
+            "seconds": seconds,
+            "tokens_per_second": (tokens - self._tokens) / seconds,
+            "data_wait_ratio": self._waited / seconds,
+        }
+        self.restart(tokens)
+        return row
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Handles SIGINT and SIGTERM for the duration of the loop."""
+    flag = StopFlag()
+    previous = {number: signal.signal(number, flag) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,241 @@
+"""Opens a run: everything that can fail fails here, before the first step and before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedConfig
+
+from lmssl import checkpoint
+from lmssl.data.batch import training_batches, validation_batches
+from lmssl.data.stream import SequenceStream, ValidationSplit
+from lmssl.data.ledger import Ledger
+from lmssl.errors import CheckpointError, TrainingError
+from lmssl.evaluate.loss import LossResult, evaluate_loss
+from lmssl.model.build import build_config, build_model, padded_vocab_size
+from lmssl.objective.base import MicroBatch, Objective, SumObjective
+from lmssl.objective.build import build_objective
+from lmssl.objective.module import LossModule
+from lmssl.optim.groups import build_optimizer
+from lmssl.recipe.load import difference, load_recipe, resolved_yaml
+from lmssl.recipe.sections import Recipe
+from lmssl.shipped import find
+from lmssl.tokenizer.load import Tokenizer, load_tokenizer
+from lmssl.train.console import Report
+from lmssl.train.launch import check_trackers, choose_compile, compile_module, open_accelerator, set_determinism
+from lmssl.train.state import TrainState
+
+FREE_FIELDS = ("out", "checkpoint", "evaluate", "track", "data.workers", "data.cache", "train.compile")
+FREE_FIELDS += ("train.micro_batch_sequences", "train.log_every_steps", "train.max_skipped_steps")
+"""Fields that may differ when a run continues: they move neither the order of data nor the update."""
+
+
+@dataclass
+class Session:
+    """One execution of a run, from opening to the last step."""
+
+    recipe: Recipe
+    run: Path
+    accelerator: Accelerator
+    config: PreTrainedConfig
+    stream: SequenceStream
+    objective: Objective
+    core: LossModule
+    """The module itself: names, weights, evaluation."""
+    module: nn.Module
+    """The prepared module: what the step calls."""
+    optimizer: torch.optim.Optimizer
+    state: TrainState
+    compiled: str
+    report: Report
+
+    def batches(self) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches, step by step, from the cursor to the end of the run."""
+        return training_batches(
+            self.stream,
+            batch_sequences=self.recipe.batch_sequences,
+            micro_batch_sequences=self.recipe.train.micro_batch_sequences,
+            world_size=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            start_step=self.state.step,
+            num_steps=self.recipe.steps - self.state.step,
+            prepare=self.objective.prepare,
+            workers=self.recipe.data.workers,
+        )
+
+    def evaluate(self) -> dict[str, LossResult] | None:
+        """Loss on the held-out split, or None where there is none."""
+        if self.recipe.data.validation is None or not isinstance(self.objective, SumObjective):
+            return None
+        splits = {split.corpus: self._validation_batches(split) for split in self.stream.validation()}
+        return evaluate_loss(self.core, self.objective, splits, self.accelerator)
+
+    def _validation_batches(self, split: ValidationSplit) -> Iterator[MicroBatch]:
+        return validation_batches(
+            split,
+            micro_batch_sequences=self.recipe.train.micro_batch_sequences,
+            world_size=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            prepare=self.objective.prepare,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state from the main process, then prune."""
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                self.run,
+                self.state.step,
+                tensors={
+                    "model.safetensors": checkpoint.named_weights(self.core.model),
+                    "optim.safetensors": checkpoint.named_optimizer_state(self.core.model, self.optimizer),
+                },
+                texts={
+                    "state.json": self.state.to_json(),
+                    "ledger.jsonl": self.stream.ledger_at(self.state.cursor).text(),
+                    "recipe.yaml": resolved_yaml(self.recipe),
+                    "config.json": self.config.to_json_string(use_diff=False),
+                },
+            )
+            checkpoint.prune(self.run, self.recipe.checkpoint.keep_last)
+        self.accelerator.wait_for_everyone()
+
+
+def open_session(recipe: Recipe, report: Report) -> Session:
+    """Check, build, and continue from the newest valid checkpoint where there is one.
+
+    Raises:
+        LmsslError: whatever is wrong with recipe, run folder, tokenizer, data, model or launch.
+    """
+    run = Path(recipe.out_path)
+    check_trackers(recipe)
+    _check_run_folder(run, recipe)
+    tokenizer = load_tokenizer(find(recipe.tokenizer.path))
+    vocab_size = padded_vocab_size(tokenizer.num_tokens, recipe.tokenizer.pad_to_multiple)
+    length = recipe.data.sequence_length
+    config = build_config(recipe.model, vocab_size=vocab_size, sequence_length=length, tokenizer=tokenizer)
+    found = checkpoint.find_latest(run, report)
+    stream = _open_stream(recipe, tokenizer, found, report)
+    objective = build_objective(recipe)
+    # The model exists before any backend does: a plugin that shards at construction would change its first weights.
+    core = LossModule(build_model(config, seed=recipe.seed), objective, bf16=recipe.train.precision == "bf16")
+    accelerator = open_accelerator(recipe, run)
+    set_determinism(recipe, accelerator.device)
+    state = TrainState() if found is None else TrainState.from_json(found.text("state.json"))
+    if found is not None:
+        checkpoint.load_weights(core.model, found.tensors("model.safetensors"), where=str(found.path))
+    num_parameters = sum(p.numel() for p in core.parameters())
+    left = recipe.steps * recipe.train.batch_tokens - state.tokens_seen
+    compiled = choose_compile(recipe, accelerator.device, num_parameters=num_parameters, tokens_left=left)
+    core.to(accelerator.device)
+    compile_module(core, compiled)
+    optimizer = build_optimizer(core.model, recipe.optim)
+    if found is not None:
+        checkpoint.load_optimizer_state(core.model, optimizer, found.tensors("optim.safetensors"))
+        report(f"continuing {run} from step {found.step}")
+    module = accelerator.prepare_model(core)
+    session = Session(
+        recipe, run, accelerator, config, stream, objective, core, module, optimizer, state, compiled, report
+    )
+    _open_run_folder(session, tokenizer)
+    return session
+
+
+def _open_stream(
+    recipe: Recipe, tokenizer: Tokenizer, found: checkpoint.Checkpoint | None, report: Report
+) -> SequenceStream:
+    ledger = None if found is None else Ledger.load(found.path / "ledger.jsonl")
+    stream = SequenceStream.open(
+        recipe.data,
+        tokenizer,
+        seed=recipe.data_seed,
+        cache_dir=Path(recipe.data.cache).expanduser(),
+        ledger=ledger,
+        report=report,
+    )
+    stream.require_batch(recipe.batch_sequences)
+    return stream
+
+
+def _check_run_folder(run: Path, recipe: Recipe) -> None:
+    """Refuse a folder that cannot be written, is no run folder, or belongs to another recipe."""
+    if run.exists() and not run.is_dir():
+        raise CheckpointError(f"{run} is a file, not a folder", where="out", remedy="choose another out")
+    nearest = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{run} cannot be written", where=str(nearest), remedy="choose another out, or fix its permissions"
+        )
+    earlier = run / "recipe.yaml"
+    if not earlier.exists():
+        if run.exists() and any(run.iterdir()):
+            raise CheckpointError(
+                f"{run} is not empty and is no run folder", where="out", remedy="choose another out, or empty it"
+            )
+        return
+    changed = [
+        (path, old, new)
+        for path, old, new in difference(load_recipe(earlier).recipe, recipe)
+        if not any(path == free or path.startswith(free + ".") for free in FREE_FIELDS)
+    ]
+    if changed:
+        lines = "".join(f"\n    {path}: {old!r} there, {new!r} now" for path, old, new in changed[:8])
+        raise CheckpointError(
+            f"the run in {run} was made by another recipe:{lines}",
+            where=str(earlier),
+            remedy="undo these changes to continue it, or choose another out for a new run",
+        )
+
+
+def _open_run_folder(session: Session, tokenizer: Tokenizer) -> None:
+    """Create the folder: the resolved recipe, a copy of the tokenizer, a line about this session."""
+    run, accelerator = session.run, session.accelerator
+    if accelerator.is_main_process:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            if not (run / "tokenizer").exists():
+                shutil.copytree(tokenizer.path, run / ".tmp-tokenizer", dirs_exist_ok=True)
+                (run / ".tmp-tokenizer").rename(run / "tokenizer")
+            checkpoint.write_synced(run / "recipe.yaml", resolved_yaml(session.recipe))
+            with (run / "sessions.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_about(session)) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"the run folder cannot be written: {error}", where=str(run), remedy="choose another out"
+            ) from error
+    accelerator.wait_for_everyone()
+
+
+def _about(session: Session) -> dict[str, object]:
+    device = session.accelerator.device
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "from_step": session.state.step,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": session.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "compile": session.compiled,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
+        "python": platform.python_version(),
+    }
+
+
+def require_finished(session: Session) -> bool:
+    """Whether the run has nothing left to do."""
+    if session.state.step > session.recipe.steps:
+        raise TrainingError(
+            f"the checkpoint is at step {session.state.step}, the recipe ends at {session.recipe.steps}",
+            where=str(session.run),
+            remedy="raise train.tokens",
+        )
+    return session.state.step == session.recipe.steps

@@ -1,0 +1,270 @@
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmssl.data.batch import SequenceBatch, num_micro_batches, training_batches, validation_batches
+from lmssl.data.order import permutation
+from lmssl.data.stream import SequenceStream
+from lmssl.data.units import list_units
+from lmssl.errors import DataError
+from lmssl.recipe.data import JsonlCorpus
+
+Open = Callable[..., SequenceStream]
+BATCH, STEPS = 12, 4
+
+
+def as_is(batch: SequenceBatch) -> SequenceBatch:
+    return batch
+
+
+def process_and_modules(batch: SequenceBatch) -> tuple[int, set[str]]:
+    del batch
+    return os.getpid(), {name.partition(".")[0] for name in sys.modules}
+
+
+def fails(batch: SequenceBatch) -> SequenceBatch:
+    raise DataError("too blue", where=f"position {batch.positions_B[0]}", remedy="paint it")
+
+
+def breaks(batch: SequenceBatch) -> SequenceBatch:
+    raise ZeroDivisionError(f"at {batch.positions_B[0]}")
+
+
+def dies(batch: SequenceBatch) -> SequenceBatch:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return batch
+
+
+def batches(stream: SequenceStream, prepare: Any = as_is, **settings: Any) -> Iterator[list[Any]]:
+    defaults: dict[str, Any] = {
+        "batch_sequences": BATCH,
+        "micro_batch_sequences": 4,
+        "world_size": 1,
+        "rank": 0,
+        "start_step": 0,
+        "num_steps": STEPS,
+        "workers": 0,
+    }
+    return training_batches(stream, prepare=prepare, **{**defaults, **settings})
+
+
+def rows(steps: list[list[SequenceBatch]]) -> dict[int, tuple[bytes, ...]]:
+    """Content of every row by position."""
+    found = {}
+    for batch in itertools.chain.from_iterable(steps):
+        for i, position in enumerate(batch.positions_B.tolist()):
+            arrays = batch.ids_BT[i], batch.segments_BT[i], batch.offsets_BT[i], batch.num_bytes_B[i]
+            if position >= 0:
+                assert position not in found
+                found[position] = tuple(array.tobytes() for array in arrays)
+            else:
+                assert not arrays[1].any() and not arrays[3]
+    return found
+
+
+@pytest.fixture
+def stream(open_stream: Open, jsonl: Any) -> SequenceStream:
+    return open_stream(jsonl("a", weight=0.7), jsonl("b", seed=1, weight=0.3))
+
+
+def no_threads_left() -> bool:
+    return not {thread.name for thread in threading.enumerate()} & {"prefetch", "build-ahead"}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_sequences", [1, 4, 5, 16])
+def test_positions_hold_the_same_tokens_for_every_layout(
+    stream: SequenceStream, world_size: int, micro_batch_sequences: int
+) -> None:
+    layout = {"world_size": world_size, "micro_batch_sequences": micro_batch_sequences}
+    found: dict[int, tuple[bytes, ...]] = {}
+    for rank in range(world_size):
+        steps = list(batches(stream, rank=rank, **layout))
+        count = num_micro_batches(BATCH, micro_batch_sequences, world_size)
+        assert [len(step) for step in steps] == [count] * STEPS
+        assert {batch.ids_BT.shape for step in steps for batch in step} == {(micro_batch_sequences, 64)}
+        mine = rows(steps)
+        assert not mine.keys() & found.keys()
+        found |= mine
+    assert sorted(found) == list(range(BATCH * STEPS))
+    assert all(found[p][0] == stream.sequence(p).ids_T.tobytes() for p in found)
+
+
+def test_rows_go_where_the_module_says(stream: SequenceStream) -> None:
+    (step,) = batches(stream, world_size=2, rank=1, micro_batch_sequences=4, num_steps=1, start_step=3)
+    assert [batch.positions_B.tolist() for batch in step] == [[40, 41, 42, 43], [-1, -1, -1, -1]]
+
+
+def test_loader_processes_and_resuming_change_nothing(stream: SequenceStream) -> None:
+    whole = rows(list(batches(stream)))
+    assert whole == rows(list(batches(stream, workers=1)))
+    first, second = batches(stream, num_steps=1), batches(stream, start_step=1, num_steps=STEPS - 1)
+    assert whole == rows(list(first)) | rows(list(second))
+    assert no_threads_left() and not multiprocessing.active_children()
+
+
+def test_prepare_runs_in_a_loader_process_that_never_imports_transformers(stream: SequenceStream) -> None:
+    first, *_ = (step[0] for step in batches(stream, process_and_modules, num_steps=1, workers=1))
+    process, modules = first
+    assert process != os.getpid()
+    assert "torch" in modules and not modules & {"transformers", "accelerate", "datasets"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_closing_early_leaves_nothing_behind(stream: SequenceStream, workers: int) -> None:
+    running = batches(stream, num_steps=10**6, workers=workers)
+    next(running)
+    running.close()  # type: ignore[attr-defined]
+    assert no_threads_left() and not multiprocessing.active_children()
+    assert rows(list(batches(stream))).keys() == set(range(BATCH * STEPS))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_arrive_whole(stream: SequenceStream, workers: int) -> None:
+    with pytest.raises(DataError) as caught:
+        next(batches(stream, fails, workers=workers))
+    assert str(caught.value) == "too blue\n  where:  position 0\n  remedy: paint it"
+    assert no_threads_left() and not multiprocessing.active_children()
+
+
+def test_an_error_of_prepare_is_raised_as_it_is(stream: SequenceStream) -> None:
+    with pytest.raises(ZeroDivisionError, match="at 0"):
+        next(batches(stream, breaks))
+    assert no_threads_left()
+
+
+def test_a_loader_process_that_dies(stream: SequenceStream) -> None:
+    with pytest.raises(DataError, match="a loader process died"):
+        next(batches(stream, dies, workers=1))
+    assert no_threads_left() and not multiprocessing.active_children()
+
+
+def with_a_bad_record(corpus: JsonlCorpus, rank: int) -> JsonlCorpus:
+    """The corpus, the second record of one unit broken: that of a rank in the first epoch."""
+    units = list_units(corpus, chunk_bytes=4096)
+    (part,) = units[permutation(len(units), 7, "units", corpus.name, 0)[rank]].parts
+    with open(str(corpus.path), "r+b") as file:
+        file.seek(part.start)
+        file.readline()
+        file.write(b"oops")
+    return corpus
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_input_far_ahead_stops_where_it_is_reached(open_stream: Open, jsonl: Any, workers: int) -> None:
+    stream = open_stream(with_a_bad_record(jsonl(count=1200), -1), validation=None, max_bad_records=0)
+    seen = 0
+    with pytest.raises(DataError, match="more than 0 unreadable records; one of them: not JSON"):
+        for _ in batches(stream, num_steps=10**6, workers=workers):
+            seen += 1
+    assert seen > 10
+    assert no_threads_left() and not multiprocessing.active_children()
+
+
+def test_building_ahead_says_why_it_stopped(open_stream: Open, jsonl: Any) -> None:
+    lines: list[str] = []
+    corpus = with_a_bad_record(jsonl(count=1200), 1)
+    stream = open_stream(corpus, validation=None, max_bad_records=0, report=lines.append)
+    running = batches(stream, batch_sequences=1, num_steps=100)
+    next(running)
+    wait_for(lambda: bool(lines))
+    assert lines[0].startswith("building ahead stopped: corpus 'tales' has more than 0 unreadable records")
+    running.close()  # type: ignore[attr-defined]
+
+
+def test_windows_are_built_ahead(stream: SequenceStream) -> None:
+    running = batches(stream, num_steps=100)
+    next(running)
+    wait_for(lambda: len(stream.ledger.entries("a")) >= 2)
+    running.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_batches_cover_the_split_once(stream: SequenceStream, world_size: int) -> None:
+    split = stream.validation()[0]
+    found: list[int] = []
+    shapes = set()
+    counts = set()
+    for rank in range(world_size):
+        mine = list(validation_batches(split, micro_batch_sequences=4, world_size=world_size, rank=rank, prepare=as_is))
+        counts.add(len(mine))
+        for batch in mine:
+            shapes.add(batch.ids_BT.shape)
+            for row, index in enumerate(batch.positions_B.tolist()):
+                if index >= 0:
+                    found.append(index)
+                    assert np.array_equal(batch.ids_BT[row], split.sequence(index).ids_T)
+    assert sorted(found) == list(range(split.num_sequences))
+    assert shapes == {(4, 64)} and len(counts) == 1
+    assert no_threads_left()
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from lmssl.data.batch import training_batches
+from lmssl.data.stream import SequenceStream
+from lmssl.recipe.data import DataSection, JsonlCorpus
+from lmssl.tokenizer.load import load_tokenizer
+
+def sizes(batch):
+    return batch.ids_BT.shape
+
+if __name__ == "__main__":
+    tokenizer, corpus, cache = sys.argv[1:]
+    section = DataSection(sequence_length=64, mixture=(JsonlCorpus(name="a", kind="jsonl", path=corpus),))
+    stream = SequenceStream.open(section, load_tokenizer(tokenizer), 1, Path(cache))
+    for step in training_batches(stream, batch_sequences=4, micro_batch_sequences=4, world_size=1, rank=0,
+                                 start_step=0, num_steps=10**9, prepare=sizes, workers=1):
+        print("step", flush=True)
+        time.sleep(0.01)
+"""
+
+
+def alive_in_group(group: int) -> list[str]:
+    """Processes of a group; the dead that nobody waited for do not count."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it ended meanwhile
+        if int(process_group) == group and state != "Z":
+            found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_ctrl_c_leaves_no_process(tmp_path: Path, jsonl: Any, tokenizer: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tokenizer.path), jsonl().path, str(tmp_path / "cache")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == "step\n"
+        os.killpg(child.pid, signal.SIGINT)
+        child.stdout.read()
+        errors = child.stderr.read()
+        assert child.wait(timeout=30) == -signal.SIGINT
+    assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
+    wait_for(lambda: not alive_in_group(child.pid))

@@ -1,0 +1,202 @@
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmssl.data import cache as module
+from lmssl.data.cache import Cancelled, Chunk, ChunkCache, bad_records, read_chunk, text_hash
+from lmssl.data.corpus import Unit, list_units
+from lmssl.errors import DataError
+from lmssl.recipe.data import JsonlCorpus
+from lmssl.tokenizer.load import Tokenizer
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def open_cache(tmp_path: Path, tokenizer: Tokenizer, lines: list[str]) -> Callable[..., ChunkCache]:
+    def build(root: Path | None = None, cancelled: Callable[[], bool] = lambda: False) -> ChunkCache:
+        root = root or tmp_path / "cache"
+        return ChunkCache(root, tokenizer, max_bad_records=5, report=lines.append, cancelled=cancelled)
+
+    return build
+
+
+@pytest.fixture
+def unit(jsonl: Any) -> Unit:
+    (unit,) = list_units(jsonl(count=50))
+    return unit
+
+
+def content(chunk: Chunk) -> list[list[int]]:
+    ends = chunk.ends().astype(int).tolist()
+    return [chunk.tokens()[a:b].tolist() for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def test_a_chunk_holds_tokens_and_sources(
+    open_cache: Any, unit: Unit, texts: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    chunk = open_cache().get(unit, 0)
+    assert content(chunk) == [tokenizer.backend.encode(text).ids for text in texts(50)]
+    assert chunk.tokens().dtype == np.uint16
+    rows = chunk.documents()
+    file = Path(chunk.meta.sources[0]).read_bytes()
+    assert [json.loads(file[row["start"] :].splitlines()[0])["text"] for row in rows] == texts(50)
+    assert rows["num_bytes"].tolist() == [len(text.encode()) for text in texts(50)]
+    assert rows["text_hash"].tolist() == [text_hash(text) for text in texts(50)]
+    assert rows["record"].tolist() == list(range(50))
+    assert (chunk.meta.num_documents, chunk.meta.is_last) == (50, True)
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+def test_large_vocabularies_take_four_bytes(open_cache: Any, unit: Unit, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    wide = replace(tokenizer, num_tokens=65_537, fingerprint="wide")
+    cache = ChunkCache(tmp_path / "c", wide, max_bad_records=0, report=print, cancelled=lambda: False)
+    chunk = cache.get(unit, 0)
+    assert chunk.tokens().dtype == np.uint32
+    assert content(chunk) == content(open_cache().get(unit, 0))
+
+
+def test_a_chunk_is_built_once(open_cache: Any, unit: Unit) -> None:
+    chunk = open_cache().get(unit, 0)
+    stamp = (chunk.path / "meta.json").stat().st_mtime_ns
+    assert open_cache().get(unit, 0) == chunk
+    assert (chunk.path / "meta.json").stat().st_mtime_ns == stamp
+
+
+def test_the_same_content_has_the_same_checksum_elsewhere(open_cache: Any, jsonl: Any, tmp_path: Path) -> None:
+    corpus = jsonl(count=50)
+    first = open_cache().get(list_units(corpus)[0], 0)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(Path(corpus.path).read_bytes())
+    second = open_cache().get(list_units(JsonlCorpus(name="other", kind="jsonl", path=str(copy)))[0], 0)
+    assert first.path != second.path and first.meta.checksum == second.meta.checksum
+    os.utime(corpus.path, ns=(1, 1))
+    touched = open_cache().get(list_units(corpus)[0], 0)
+    assert touched.path != first.path and touched.meta.checksum == first.meta.checksum
+
+
+@pytest.mark.parametrize("damage", ["shorter", "flipped", "no meta", "bad meta", "no documents", "half a meta"])
+def test_a_damaged_chunk_is_built_again(open_cache: Any, unit: Unit, lines: list[str], damage: str) -> None:
+    whole = open_cache().get(unit, 0)
+    expected = content(whole)
+    if damage == "shorter":
+        raw = (whole.path / "tokens.ds").read_bytes()
+        (whole.path / "tokens.ds").write_bytes(raw[:-2])
+    elif damage == "flipped":
+        raw = (whole.path / "tokens.ds").read_bytes()
+        (whole.path / "tokens.ds").write_bytes(raw[:100] + bytes([raw[100] ^ 1]) + raw[101:])
+    elif damage == "no documents":
+        (whole.path / "documents.npy").unlink()
+    elif damage == "no meta":
+        (whole.path / "meta.json").unlink()
+    else:
+        (whole.path / "meta.json").write_text("{" if damage == "bad meta" else '{"format": 1}')
+    again = open_cache().get(unit, 0)
+    assert content(again) == expected
+    assert lines == [f"cached chunk {whole.path} is damaged; building it again"]
+
+
+def test_what_a_killed_builder_left_is_swept(open_cache: Any, unit: Unit) -> None:
+    cache = open_cache()
+    path = cache.get(unit, 0).path
+    path.rename(path.parent / f".tmp-{path.name}-of-the-dead")
+    assert open_cache().get(unit, 0).path == path
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+def test_chunks_of_a_unit_in_any_order(open_cache: Any, tmp_path: Path, texts: Any) -> None:
+    import gzip
+
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts(100)).encode()))
+    (unit,) = list_units(JsonlCorpus(name="a", kind="jsonl", path=str(path)), chunk_bytes=2048)
+    in_order, cache = [], open_cache()
+    while not in_order or not in_order[-1].meta.is_last:
+        in_order.append(cache.get(unit, len(in_order)))
+    assert len(in_order) > 3
+    other = open_cache(tmp_path / "other")
+    for index in (2, 0, 3, 1):
+        assert content(other.get(unit, index)) == content(in_order[index])
+    with pytest.raises(DataError, match="the source is shorter than it was"):
+        other.get(unit, len(in_order))
+
+
+def test_bad_records_are_listed_beside_the_chunk(open_cache: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\noops\n{"text": "y"}\n')
+    chunk = open_cache().get(list_units(JsonlCorpus(name="a", kind="jsonl", path=str(path)))[0], 0)
+    assert (chunk.meta.num_documents, chunk.meta.num_bad) == (2, 1)
+    (line,) = (chunk.path / "bad.jsonl").read_text().splitlines()
+    reason = "not JSON: Expecting value: line 1 column 1 (char 0)"
+    assert json.loads(line) == {"file": str(path), "record": 1, "start": 14, "reason": reason}
+    assert [(file, bad.reason) for file, bad in bad_records(chunk)] == [(str(path), reason)]
+
+
+def test_a_chunk_without_documents(open_cache: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": " "}\n')
+    chunk = open_cache().get(list_units(JsonlCorpus(name="a", kind="jsonl", path=str(path)))[0], 0)
+    assert (chunk.meta.num_documents, chunk.meta.num_empty, content(chunk)) == (0, 1, [])
+
+
+def test_a_cache_that_cannot_be_written(open_cache: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="token cache cannot be written: Not a directory") as caught:
+        open_cache(tmp_path / "file" / "cache")
+    assert "data.cache" in str(caught.value)
+
+
+def test_a_disk_that_fills_up(open_cache: Any, unit: Unit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.np, "save", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        open_cache().get(unit, 0)
+    assert not [path for path in (tmp_path / "cache" / "chunks").rglob("*") if path.is_file()]
+
+
+def test_cancelling_stops_and_leaves_nothing(open_cache: Any, unit: Unit, tmp_path: Path) -> None:
+    calls = iter([False, False, True])
+    with pytest.raises(Cancelled):
+        open_cache(cancelled=lambda: next(calls)).get(unit, 0)
+    assert not [path for path in (tmp_path / "cache" / "chunks").rglob("*") if path.is_file()]
+    assert open_cache().get(unit, 0).meta.num_documents == 50
+
+
+def test_two_builders_share_the_work(open_cache: Any, unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[int] = []
+    write = ChunkCache._write
+
+    def counted(self: ChunkCache, *args: Any) -> None:
+        builds.append(1)
+        threading.Event().wait(0.3)
+        write(self, *args)
+
+    monkeypatch.setattr(ChunkCache, "_write", counted)
+    caches = [open_cache() for _ in range(3)]
+    threads = [threading.Thread(target=cache.get, args=(unit, 0)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1
+
+
+def test_read_chunk_of_nothing(tmp_path: Path) -> None:
+    assert read_chunk(tmp_path / "missing") is None
+
+
+def test_hashes_ignore_surrounding_whitespace() -> None:
+    assert text_hash(" a b\n") == text_hash("a b") != text_hash("a  b")

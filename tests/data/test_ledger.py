@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from lmssl.data.ledger import Ledger, LedgerEntry
+from lmssl.data.order import Stage
+from lmssl.errors import CheckpointError
+
+STAGE = Stage(0, ("a", "b"), (2, 1), 8, (0, 0))
+
+
+def entry(corpus: str, window: int, num_sequences: int) -> LedgerEntry:
+    counts = dict.fromkeys(
+        ("num_documents", "num_tokens", "num_bytes", "num_padding", "num_cut_documents", "num_bad"), 1
+    )
+    return LedgerEntry(corpus, 0, window, 2, num_sequences, "c", window + 1, 0, False, **counts)
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    ledger = Ledger([STAGE], {"data.packing": "concat"})
+    for window, count in enumerate((3, 0, 5)):
+        ledger.append(entry("a", window, count))
+    ledger.append(entry("b", 0, 4))
+    return ledger
+
+
+def test_the_kth_sequence_is_found(ledger: Ledger) -> None:
+    assert [ledger.find("a", k) for k in range(9)] == [
+        (0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4), None
+    ]  # fmt: skip
+    assert ledger.find("c", 0) is None
+    assert (ledger.num_sequences("a"), ledger.num_sequences("c")) == (8, 0)
+
+
+def test_it_survives_the_disk(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.save(tmp_path / "ledger.jsonl")
+    again = Ledger.load(tmp_path / "ledger.jsonl")
+    assert again.fingerprint == ledger.fingerprint
+    assert (again.stages, again.settings) == (ledger.stages, ledger.settings)
+    assert again.entries("a") == ledger.entries("a") and again.find("b", 3) == (0, 3)
+
+
+def test_the_beginning_of_a_ledger(ledger: Ledger) -> None:
+    assert [len(ledger.up_to({"a": a, "b": 0}).entries("a")) for a in (0, 1, 3, 4, 8)] == [0, 1, 1, 3, 3]
+    assert ledger.up_to({"a": 8, "b": 4}).fingerprint == ledger.fingerprint
+    assert ledger.up_to({"a": 3, "b": 4}).fingerprint != ledger.fingerprint
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]\n", '{"format": 2, "stages": [], "settings": {}}', '{"format": 1, "stages": [], "settings": {}}\n{}'],
+)
+def test_what_is_not_a_ledger(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ledger.jsonl").write_text(text)
+    with pytest.raises(CheckpointError, match="the ledger cannot be read"):
+        Ledger.load(tmp_path / "ledger.jsonl")
+
+
+def test_a_missing_ledger(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        Ledger.load(tmp_path / "ledger.jsonl")

@@ -1,0 +1,83 @@
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmssl.data.order import Mixture, Order, Stage, integer_shares, permutation
+
+SHARES = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)
+
+
+@given(st.integers(0, 500), st.integers(0, 2**40), st.text(max_size=5))
+def test_a_permutation_holds_every_index_once(count: int, seed: int, name: str) -> None:
+    assert sorted(permutation(count, seed, name)) == list(range(count))
+
+
+def test_permutations_are_pinned() -> None:
+    # A change here changes the order of every run in the world.
+    assert permutation(8, 1, "units", "tales", 0).tolist() == [4, 1, 6, 0, 7, 2, 5, 3]
+
+
+def test_every_part_of_the_key_matters() -> None:
+    keys = [(1, "units", "a", 0), (2, "units", "a", 0), (1, "rows", "a", 0), (1, "units", "b", 0), (1, "units", "a", 1)]
+    assert len({tuple(permutation(50, *key)) for key in keys}) == len(keys)
+
+
+def test_first_places_are_uniform() -> None:
+    firsts = Counter(int(permutation(4, 3, epoch)[0]) for epoch in range(2000))
+    assert all(400 < firsts[i] < 600 for i in range(4))
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [([0.7, 0.3], (7, 3)), ([1, 2], (1, 2)), ([1e-3, 1.0], (1, 1000)), ([0.1, 0.2, 3], (1, 2, 30))],
+)
+def test_shares_are_weights_as_written(weights: list[float], shares: tuple[int, ...]) -> None:
+    found = integer_shares(weights)
+    assert [a * shares[0] for a in found] == [b * found[0] for b in shares]
+
+
+@given(SHARES, st.integers(1, 300), st.integers(0, 10**7))
+def test_counts_are_exact_monotone_and_near_the_weights(shares: list[int], block_sequences: int, block: int) -> None:
+    mixture = Mixture(shares, block_sequences, (0,))
+    counts, later = mixture.count_before(block), mixture.count_before(block + 1)
+    assert sum(counts) == block * block_sequences
+    assert all(a <= b for a, b in zip(counts, later, strict=True))
+    total = sum(shares)
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count * total - block * block_sequences * share) < 2 * total
+
+
+@given(SHARES, st.integers(1, 40), st.integers(0, 2**32))
+def test_positions_visit_each_corpus_in_order_without_gaps(shares: list[int], block_sequences: int, seed: int) -> None:
+    mixture = Mixture(shares, block_sequences, (seed,))
+    seen: list[list[int]] = [[] for _ in shares]
+    for position in range(3 * block_sequences):
+        assert mixture.counts_before(position) == tuple(map(len, seen))
+        corpus, k = mixture.locate(position)
+        seen[corpus].append(k)
+    assert all(sorted(ks) == list(range(len(ks))) for ks in seen)
+
+
+def test_corpora_are_mixed_inside_a_block() -> None:
+    mixture = Mixture((1, 1), 1000, (5,))
+    labels = [mixture.locate(position)[0] for position in range(1000)]
+    assert 400 < sum(a != b for a, b in pairwise(labels)) < 600
+
+
+def test_a_later_stage_continues_the_counts() -> None:
+    first = Stage(0, ("a", "b"), (1, 1), 4, (0, 0))
+    second = Stage(10, ("b", "c"), (3, 1), 4, (5, 0))
+    order = Order([first, second], seed=1)
+    assert order.locate(9) in {("a", 4), ("b", 4)}
+    places = [order.locate(position) for position in range(10, 14)]
+    assert sorted(places) == [("b", 5), ("b", 6), ("b", 7), ("c", 0)]
+    assert order.counts_before(14) == {"b": 8, "c": 1}
+
+
+def test_a_stage_survives_json() -> None:
+    stage = Stage(0, ("a", "b"), (10**30, 1), 4, (0, 0))
+    assert Stage.from_json(json.loads(json.dumps(stage.to_json()))) == stage

@@ -1,0 +1,108 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmssl.data.pack import PACKINGS, Packing, pack_best_fit, pack_concat, pack_none
+
+LENGTHS = st.lists(st.integers(0, 90), max_size=60)
+SEQUENCE_LENGTHS = st.integers(1, 40)
+
+
+def check(packing: Packing, lengths: list[int], sequence_length: int) -> None:
+    """Every token once, in its document's order; sequences neither empty nor too long."""
+    tokens: list[set[int]] = [set() for _ in lengths]
+    for document, start, length in zip(packing.documents, packing.starts, packing.lengths, strict=True):
+        piece = set(range(start, start + length))
+        assert length > 0
+        assert not piece & tokens[document]
+        tokens[document] |= piece
+    assert [len(found) for found in tokens] == lengths
+    assert all(not found or max(found) == len(found) - 1 for found in tokens)
+    for a, b in pairwise(packing.offsets):
+        assert 0 < packing.lengths[a:b].sum() <= sequence_length
+    assert packing.num_padding == packing.num_sequences * sequence_length - sum(lengths)
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+@given(lengths=LENGTHS, sequence_length=SEQUENCE_LENGTHS)
+def test_every_token_is_packed_once(kind: str, lengths: list[int], sequence_length: int) -> None:
+    check(PACKINGS[kind](lengths, sequence_length), lengths, sequence_length)
+
+
+@given(LENGTHS, SEQUENCE_LENGTHS)
+def test_best_fit_never_cuts_what_fits(lengths: list[int], sequence_length: int) -> None:
+    packing = pack_best_fit(lengths, sequence_length)
+    pieces = np.bincount(packing.documents, minlength=len(lengths))
+    assert all(count == 1 for count, length in zip(pieces, lengths, strict=True) if 0 < length <= sequence_length)
+
+
+@given(LENGTHS, SEQUENCE_LENGTHS)
+def test_best_fit_fills_gaps_as_long_as_there_are_bodies(lengths: list[int], sequence_length: int) -> None:
+    packing = pack_best_fit(lengths, sequence_length)
+    whole = [
+        packing.lengths[a] == sequence_length and lengths[packing.documents[a]] > sequence_length
+        for a, b in pairwise(packing.offsets)
+        if b == a + 1
+    ]
+    if any(whole):  # a body was left over, so no gap was
+        assert packing.num_padding < sequence_length
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 40))
+def test_best_fit_is_best_fit_decreasing(lengths: list[int], sequence_length: int) -> None:
+    spaces: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in spaces if space >= length]
+        if fitting:
+            spaces.remove(min(fitting))
+        spaces.append((min(fitting) if fitting else sequence_length) - length)
+    packing = pack_best_fit(lengths, sequence_length)
+    used = np.add.reduceat(packing.lengths, packing.offsets[:-1])
+    assert sorted(sequence_length - used) == sorted(spaces)
+
+
+@given(LENGTHS, SEQUENCE_LENGTHS)
+def test_concat_pads_the_last_sequence_alone(lengths: list[int], sequence_length: int) -> None:
+    packing = pack_concat(lengths, sequence_length)
+    assert packing.num_padding < sequence_length
+    assert list(packing.documents) == sorted(packing.documents)
+
+
+@given(LENGTHS, SEQUENCE_LENGTHS)
+def test_none_puts_one_piece_in_a_sequence(lengths: list[int], sequence_length: int) -> None:
+    packing = pack_none(lengths, sequence_length)
+    assert (np.diff(packing.offsets) == 1).all()
+
+
+def test_segments_of_a_sequence_stand_in_the_order_of_documents() -> None:
+    packing = pack_best_fit([3, 5, 2], 10)
+    assert packing.documents.tolist() == [0, 1, 2]
+
+
+def test_counts() -> None:
+    packing = pack_best_fit([25, 3], 10)
+    assert (packing.num_sequences, packing.num_padding, packing.num_cut_documents) == (3, 2, 1)
+    assert packing.padding_ratio == pytest.approx(2 / 30)
+    assert pack_best_fit([], 10).padding_ratio == 0.0
+
+
+def test_the_biggest_gap_is_filled_first() -> None:
+    # Gaps of 3, 4 and 2 beside two bodies of 10: they hold 9 tokens, too few for a body.
+    packing = pack_best_fit([7, 6, 8, 20], 10)
+    assert packing.num_cut_documents == 1 and packing.num_padding == 9
+    # One token more of gap, and the first body fills the biggest gaps.
+    packing = pack_best_fit([7, 6, 7, 20], 10)
+    assert packing.num_padding == 0
+    pieces = [
+        (int(s), int(n)) for d, s, n in zip(packing.documents, packing.starts, packing.lengths, strict=True) if d == 3
+    ]
+    assert sorted(pieces) == [(0, 4), (4, 3), (7, 3), (10, 10)]
+
+
+def test_padding_is_small_on_text_like_lengths() -> None:
+    lengths = np.random.Generator(np.random.Philox(1)).lognormal(5.5, 1.2, 5000).astype(int) + 1
+    assert pack_best_fit(lengths, 1024).padding_ratio < 0.002
+    assert pack_none(lengths, 1024).padding_ratio > 0.4

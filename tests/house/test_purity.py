@@ -1,0 +1,118 @@
+"""Below `train` nothing reads the environment, the clock, the rank or a global random state."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import Any
+
+CLOCKS = {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"}
+DATES = {"now", "utcnow", "today"}
+SEEDED_NUMPY = {"default_rng", "Generator", "SeedSequence", "Philox", "PCG64", "PCG64DXSM", "BitGenerator"}
+TORCH_DRAWS = {
+    "manual_seed", "seed", "initial_seed", "get_rng_state", "set_rng_state", "rand", "randn", "randint", "randperm",
+    "bernoulli", "multinomial", "normal", "rand_like", "randn_like", "randint_like",
+}  # fmt: skip
+# "module name" -> why it may.
+ALLOWED = {
+    "lmssl.model.build torch.random.fork_rng": "transformers draws weights from the global state; it is put back",
+    "lmssl.model.build torch.manual_seed": "inside that fork, with the recipe's seed",
+}
+
+
+def impure(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of everything read that should have been an argument."""
+    names = dict(_imported(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            full = _full_name(node, names)
+            if full and _is_banned(full):
+                yield node.lineno, full
+        if isinstance(node, ast.Call):
+            full = _full_name(node.func, names) or ""
+            seeded = any(keyword.arg == "generator" for keyword in node.keywords)
+            if full.startswith("torch.") and full.removeprefix("torch.") in TORCH_DRAWS and not seeded:
+                yield node.lineno, full
+
+
+def _is_banned(full: str) -> bool:
+    library, _, name = full.partition(".")
+    match library:
+        case "os":
+            return name in {"environ", "environb", "getenv", "getenvb"}
+        case "time":
+            return name in CLOCKS
+        case "datetime":
+            return name.rpartition(".")[2] in DATES
+        case "random":
+            return name not in {"", "Random"}
+        case "numpy":
+            return name.startswith("random.") and name.split(".")[1] not in SEEDED_NUMPY
+        case "torch":
+            return name.startswith(("distributed.", "random."))
+        case "accelerate":
+            return name in {"PartialState", "state.PartialState", "state.AcceleratorState"}
+    return False
+
+
+def _imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield (alias.asname, alias.name) if alias.asname else (alias.name.partition(".")[0],) * 2
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _full_name(node: ast.AST, names: dict[str, str]) -> str | None:
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute):
+        left = _full_name(node.value, names)
+        return left and f"{left}.{node.attr}"
+    return None
+
+
+def test_below_train_everything_is_an_argument(sources: list[Any], layers: list[list[str]]) -> None:
+    order = [room for rooms in layers for room in rooms]
+    below = set(order[order.index("train") + 1 :])
+    wrong, used = [], set()
+    for source in sources:
+        for line, name in impure(source.tree) if source.room in below else ():
+            if (key := f"{source.module} {name}") in ALLOWED:
+                used.add(key)
+            else:
+                wrong.append(f"{source.path}:{line}: {name}")
+    assert wrong == []
+    assert used == set(ALLOWED), "exceptions nobody needs any more"
+
+
+def test_the_rule_sees_impure_source() -> None:
+    bad = """
+import os, time, random
+import numpy as np
+import torch
+import torch.distributed as dist
+from datetime import datetime
+from time import perf_counter as clock
+a = os.environ["RANK"], os.getenv("HOME")
+b = time.time(), clock(), datetime.now()
+c = random.random(), np.random.rand(3)
+d = torch.rand(3), torch.manual_seed(1), torch.randperm(4, generator=g)
+e = dist.get_rank(), torch.distributed.get_world_size()
+f = random.Random(1), np.random.Generator(np.random.Philox(key=1)), os.path.join("a", "b")
+"""
+    found = sorted({name for _, name in impure(ast.parse(bad))})
+    assert found == [
+        "datetime.datetime.now",
+        "numpy.random.rand",
+        "os.environ",
+        "os.getenv",
+        "random.random",
+        "time.perf_counter",
+        "time.time",
+        "torch.distributed.get_rank",
+        "torch.distributed.get_world_size",
+        "torch.manual_seed",
+        "torch.rand",
+    ]

@@ -1,0 +1,103 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit: weights, optimiser, schedule, metrics, positions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import metrics, small_recipe, tensors_of, write_recipe
+
+from lmssl import checkpoint
+
+
+def start(recipe: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lmssl", "train", str(recipe)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def finish(recipe: Path) -> None:
+    process = start(recipe)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()
+
+
+def interrupt_at(recipe: Path, run: Path, step: int, how: signal.Signals) -> int:
+    """Start, wait until a step is in the metrics, send the signal; returns the exit status."""
+    process = start(recipe)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(row["step"] >= step for row in metrics(run)):
+            process.send_signal(how)
+            break
+        time.sleep(0.02)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0, f"the run ended before step {step} could be interrupted: {stderr.decode()}"
+    return process.returncode
+
+
+def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    a, b = checkpoint.find_step(first, None), checkpoint.find_step(second, None)
+    assert a.step == b.step
+    for name in ("model.safetensors", "optim.safetensors"):
+        ours, theirs = tensors_of(a, name), tensors_of(b, name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+    assert json.loads(a.text("state.json")) == json.loads(b.text("state.json"))
+    assert a.text("ledger.jsonl") == b.text("ledger.jsonl")
+    assert without_clock(metrics(first)) == without_clock(metrics(second))
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("model", marks=pytest.mark.slow)])
+def test_killed_twice_equals_uninterrupted(tmp_path: Path, text_folder: Path, compiled: str) -> None:
+    change = {"train.compile": compiled, "checkpoint.every_steps": 4, "evaluate.every_steps": 6}
+    whole = small_recipe(text_folder, tmp_path / "whole", tmp_path / "cache-a", steps=20, **change)
+    finish(write_recipe(tmp_path / "whole.yaml", whole))
+    killed = small_recipe(text_folder, tmp_path / "killed", tmp_path / "cache-b", steps=20, **change)
+    recipe = write_recipe(tmp_path / "killed.yaml", killed)
+    assert interrupt_at(recipe, tmp_path / "killed", 6, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt_at(recipe, tmp_path / "killed", 13, signal.SIGKILL) == -signal.SIGKILL
+    finish(recipe)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    rows = metrics(tmp_path / "killed")
+    assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 21))
+    sessions = (tmp_path / "killed" / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["from_step"] for line in sessions][0] == 0
+    assert all(json.loads(line)["from_step"] >= 4 for line in sessions[1:])
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_continues_to_an_equal_end(
+    tmp_path: Path, text_folder: Path, how: signal.Signals
+) -> None:
+    """Logging every 7 steps, so that the signal falls inside an interval whose sums must survive."""
+    change = {"train.log_every_steps": 7, "checkpoint.every_steps": None}
+    whole = small_recipe(text_folder, tmp_path / "whole", tmp_path / "cache", steps=20, **change)
+    finish(write_recipe(tmp_path / "whole.yaml", whole))
+    stopped = small_recipe(text_folder, tmp_path / "stopped", tmp_path / "cache", steps=20, **change)
+    recipe = write_recipe(tmp_path / "stopped.yaml", stopped)
+    assert interrupt_at(recipe, tmp_path / "stopped", 7, how) == 75
+    assert 7 < checkpoint.find_step(tmp_path / "stopped", None).step < 20
+    finish(recipe)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path, text_folder: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", small_recipe(text_folder, tmp_path / "run", tmp_path / "cache", steps=2))
+    finish(recipe)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    saved = os.stat(checkpoint.find_step(tmp_path / "run", None).path).st_mtime_ns
+    finish(recipe)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert os.stat(checkpoint.find_step(tmp_path / "run", None).path).st_mtime_ns == saved

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmssl.errors import LmsslError
+from lmssl.recipe.load import Loaded, load_recipe
+from lmssl.show import Number, as_json, as_text, built_number, derived_numbers
+
+DEBUG = "recipes/debug/gpt-llama.yaml"
+
+
+def loaded(root: Path, *overrides: str, recipe: str = DEBUG) -> Loaded:
+    return load_recipe(root / recipe, overrides)
+
+
+def numbers(loaded: Loaded) -> dict[str, Any]:
+    return {number.name: number.value for number in derived_numbers(loaded.recipe)}
+
+
+def test_steps_follow_from_tokens(root: Path) -> None:
+    found = numbers(loaded(root, "train.tokens=1e5", "train.batch_tokens=2048", "train.micro_batch_sequences=3"))
+    assert found["steps"] == 49  # 48.8
+    assert found["batch_sequences"] == 8
+    assert found["accumulation"] == 3
+    assert found["warmup_steps"] == 10  # 20,000 / 2,048 = 9.8
+    assert found["decay_steps"] == 10  # 20,000 as well
+    cosine = numbers(loaded(root, "schedule.kind=cosine", "schedule.warmup_tokens=8192"))
+    assert (cosine["warmup_steps"], cosine["decay_steps"]) == (2, 47)
+
+
+def test_sizes_follow_from_the_tokenizer(root: Path) -> None:
+    found = numbers(loaded(root))
+    assert found["vocab_size"] == 4096
+    assert found["parameters"] == 1_311_872
+    assert found["total_flops"] == found["flops_per_token"] * 49 * 4096
+    assert found["tokens_per_parameter"] == pytest.approx(2e5 / 1_311_872)
+    assert found["training_bytes"] == 16 * 1_311_872
+    assert numbers(loaded(root, "tokenizer.pad_to_multiple=1000"))["vocab_size"] == 5000
+    assert numbers(loaded(root, "model.vocab_size=4200", "tokenizer.path=none"))["vocab_size"] == 4200
+
+
+def test_every_kind_of_tokenizer_file_gives_its_largest_id(root: Path, tmp_path: Path) -> None:
+    for vocabulary, added, expected in (
+        ({"a": 0, "b": 9}, [], 10),
+        ({"a": 0}, [{"id": 11}], 12),
+        ([["a", 0.0], ["b", -1.0], ["c", -2.0]], [], 3),
+    ):
+        file = {"model": {"vocab": vocabulary}, "added_tokens": added}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+        found = numbers(loaded(root, f"tokenizer.path={tmp_path}", "tokenizer.pad_to_multiple=1"))
+        assert found["vocab_size"] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "how"), [(None, "there is no"), ("{", "cannot be read"), ('{"model": 3}', "cannot be read")]
+)
+def test_without_a_tokenizer_the_rest_is_shown(root: Path, tmp_path: Path, content: str | None, how: str) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    this = loaded(root, f"tokenizer.path={tmp_path}")
+    found = {number.name: number for number in derived_numbers(this.recipe)}
+    assert found["steps"].value == 49
+    assert found["vocab_size"].value is None and how in found["vocab_size"].how
+    assert found["parameters"].value is None and found["total_flops"].text == "unknown"
+    assert "unknown" in as_text(this, list(found.values()))
+
+
+def test_other_families_have_no_formula(root: Path) -> None:
+    this = loaded(root, "model={kind: olmo2, hidden_size: 64}")
+    found = {number.name: number for number in derived_numbers(this.recipe)}
+    assert found["vocab_size"].value == 4096
+    assert found["parameters"].value is None
+    assert "no formula for olmo2; --model" in found["parameters"].how
+
+
+def test_the_text_shows_values_with_their_origins(root: Path) -> None:
+    this = loaded(root, "optim.lr=1e-3")
+    lines = as_text(this, derived_numbers(this.recipe)).split("\n")
+    assert lines[0] == f"debug-llama, from {root / DEBUG}"
+    rows = {tuple(line.split()) for line in lines}
+    assert ("lr", "0.001", "override") in rows
+    assert ("sequence_length", "256", "line", "6") in rows
+    assert ("head_dim", "32", "derived") in rows
+    assert ("out", "runs/debug-llama", "derived") in rows
+    assert ("chunk_bytes", "null", "default") in rows
+    assert ("betas", "[0.9,", "0.95]", "default") in rows
+    assert ("tokens", "200_000", "line", "21") in rows
+    assert not any(line.endswith(" ") for line in lines)
+
+
+def test_the_text_is_aligned(root: Path) -> None:
+    this = loaded(root)
+    body = as_text(this, derived_numbers(this.recipe)).split("\n")[2:]
+    starts = {line.index(line.split()[1]) for line in body if line.startswith("  ") and len(line.split()) > 2}
+    assert len(starts) == 1
+
+
+def test_json_holds_all_of_it(root: Path) -> None:
+    this = loaded(root, "optim.lr=1e-3")
+    content = json.loads(as_json(this, derived_numbers(this.recipe)))
+    assert content["recipe"]["track"] == {"with": []}
+    assert content["origins"]["optim.lr"] == {"kind": "override", "mark": "optim.lr=1e-3"}
+    assert content["origins"]["name"] == {"kind": "file", "mark": 3}
+    assert content["origins"]["optim.eps"] == {"kind": "default"}
+    assert content["fields"]["out"] == "runs/debug-llama"
+    assert content["derived"]["parameters"] == 1_311_872
+
+
+def test_the_built_model_agrees_with_the_formula(root: Path) -> None:
+    number = built_number(loaded(root).recipe)
+    assert number.value == 1_311_872
+    assert number.how == "LlamaForCausalLM, built without weights, equal to the formula"
+
+
+def test_families_without_a_formula_are_built(root: Path) -> None:
+    sizes = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 128"
+    number = built_number(loaded(root, f"model={{kind: olmo2, {sizes}}}").recipe)
+    assert isinstance(number.value, int) and number.value > 4096 * 64
+    assert "formula" not in number.how
+
+
+def test_building_needs_the_tokenizer(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(LmsslError, match="no such tokenizer folder"):
+        built_number(loaded(root, f"tokenizer.path={tmp_path / 'none'}").recipe)
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert Number("x", 12345, "").text == "12,345"
+    assert Number("x", 3 * 10**17, "").text == "3.000e+17"
+    assert Number("x", 19.8123, "").text == "19.8"
+    assert Number("x", None, "").text == "unknown"
+
+
+def test_shipped_tokenizers_are_read_from_anywhere(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(root / DEBUG, tmp_path / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert numbers(load_recipe(Path("mine.yaml")))["vocab_size"] == 4096

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
+
+from lmssl.errors import TokenizerError
+from lmssl.tokenizer import encode
+from lmssl.tokenizer.encode import Encoded, Encoder, adversarial_texts
+from lmssl.tokenizer.load import Tokenizer, load_tokenizer
+from lmssl.tokenizer.split import PIECE_CHARS
+
+needs_gigatoken = pytest.mark.skipif(importlib.util.find_spec("gigatoken") is None, reason="gigatoken is not installed")
+
+
+def documents(encoded: Encoded) -> list[list[int]]:
+    return [part.tolist() for part in np.split(encoded.ids, encoded.ends)[:-1]]
+
+
+def control_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids that only an explicit control token may have; unk also stands for what cannot be spelled."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return {i for i, token in added.items() if token.special} - {tokenizer.unk_id}
+
+
+def from_backend(backend: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
+    backend.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+def test_shapes_and_types(trained: Tokenizer) -> None:
+    encoded = Encoder(trained).encode(["one two", "", "three"])
+    assert (encoded.ids.dtype, encoded.ends.dtype) == (np.uint32, np.int64)
+    assert encoded.ends[0] == encoded.ends[1] < encoded.ends[2] == len(encoded.ids)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_no_documents(byte_level: Tokenizer, engine: Any) -> None:
+    encoded = Encoder(byte_level, engine).encode([])
+    assert (len(encoded.ids), len(encoded.ends)) == (0, 0)
+
+
+def test_byte_level_gives_every_text_back(byte_level: Tokenizer) -> None:
+    texts = adversarial_texts(byte_level)
+    assert [byte_level.decode(ids) for ids in documents(Encoder(byte_level).encode(texts))] == texts
+
+
+def test_ids_are_those_of_the_backend(trained: Tokenizer, texts: list[str]) -> None:
+    expected = [trained.backend.encode(text, add_special_tokens=False).ids for text in texts]
+    assert documents(Encoder(trained).encode(texts)) == expected
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_no_text_gives_a_control_token(trained: Tokenizer, engine: Any) -> None:
+    texts = adversarial_texts(trained)
+    assert any("[MASK]" in text or "<|endoftext|>" in text for text in texts)
+    assert not control_ids(trained) & set(Encoder(trained, engine).encode(texts).ids.tolist())
+
+
+def test_unk_typed_in_a_text_is_spelled_out(folders: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(folders["wordpiece-lower"])
+    assert tokenizer.unk_id not in Encoder(tokenizer).encode(["<|unk|>"]).ids
+    assert tokenizer.unk_id in Encoder(tokenizer).encode(["\u2603"]).ids
+
+
+def test_vocabulary_entry_of_a_word_model_is_no_way_to_a_control_token(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"[CLS]": 0, "[UNK]": 1, "word": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["[CLS]", "[UNK]"])
+    tokenizer = from_backend(backend, tmp_path)
+    assert documents(Encoder(tokenizer).encode(["word [CLS] word"])) == [[2, 1, 2]]
+
+
+def test_ignore_merges_is_no_way_to_a_control_token(folders: dict[str, Path], tmp_path: Path) -> None:
+    content = json.loads((folders["bpe-gpt2"] / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["ignore_merges"] = True
+    content["pre_tokenizer"] = {**content["pre_tokenizer"], "use_regex": False}
+    tokenizer = from_backend(tokenizers.Tokenizer.from_str(json.dumps(content)), tmp_path)
+    end = tokenizer.backend.token_to_id("<|endoftext|>")
+    tokenizer.backend.encode_special_tokens = True
+    assert tokenizer.backend.encode("<|endoftext|>").ids == [end]  # the trap
+    ids = Encoder(tokenizer, report=lambda line: None).encode(["<|endoftext|>"]).ids.tolist()
+    assert end not in ids
+    assert tokenizer.decode(ids) == "<|endoftext|>"
+
+
+def test_a_control_token_that_merges_build_is_reported(folders: dict[str, Path], tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(folders["bpe-gpt2"] / "tokenizer.json"))
+    backend.add_special_tokens(["the"])
+    lines: list[str] = []
+    Encoder(from_backend(backend, tmp_path), "reference", lines.append)
+    assert lines == ["merges of this tokenizer build 'the', so text gives that control token's id"]
+
+
+def test_an_ordinary_added_token_stays_one_token(folders: dict[str, Path], tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(folders["bpe-gpt2"] / "tokenizer.json"))
+    backend.add_tokens([AddedToken("New York", normalized=False)])
+    tokenizer = from_backend(backend, tmp_path)
+    expected = backend.encode("in New York now").ids
+    assert documents(Encoder(tokenizer, report=lambda line: None).encode(["in New York now"])) == [expected]
+
+
+def test_stored_padding_truncation_and_dropout_have_no_effect(folders: dict[str, Path], tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(folders["bpe-gpt2"] / "tokenizer.json"))
+    expected = backend.encode("one two three four").ids
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    backend.model.dropout = 0.9
+    assert documents(Encoder(from_backend(backend, tmp_path), "reference").encode(["one two three four"])) == [expected]
+
+
+def test_long_documents_are_cut_without_effect(trained: Tokenizer, texts: list[str]) -> None:
+    long = "\n\n".join(texts)
+    assert len(long) > PIECE_CHARS
+    whole = trained.backend.encode(long, add_special_tokens=False).ids
+    for engine in ("auto", "reference"):
+        assert documents(Encoder(trained, engine).encode(["first", long, "x" * PIECE_CHARS * 2]))[1] == whole
+
+
+def test_batches_of_the_reference_do_not_show(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["one two", "", "three", "four five six"]
+    expected = documents(Encoder(trained, "reference").encode(texts))
+    monkeypatch.setattr(encode, "_BATCH_CHARS", 6)
+    assert documents(Encoder(trained, "reference").encode(texts)) == expected
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_lone_surrogate_names_the_document(byte_level: Tokenizer, engine: Any) -> None:
+    encoder = Encoder(byte_level, engine)
+    before = encoder.engine
+    with pytest.raises(TokenizerError, match="document 1 holds a lone surrogate, U\\+D83D") as caught:
+        encoder.encode(["fine", "ab\ud83d"])
+    assert caught.value.where == "document 1, character 2"
+    assert encoder.engine == before
+
+
+def test_unknown_engine(byte_level: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="no engine 'fast'"):
+        Encoder(byte_level, "fast")  # type: ignore[arg-type]
+
+
+@needs_gigatoken
+def test_gigatoken_agrees(byte_level: Tokenizer, texts: list[str]) -> None:
+    lines: list[str] = []
+    fast, reference = Encoder(byte_level, report=lines.append), Encoder(byte_level, "reference")
+    assert (fast.engine, reference.engine, lines) == ("gigatoken", "tokenizers", [])
+    for batch in (texts, adversarial_texts(byte_level), [""], ["", "a", ""]):
+        assert documents(fast.encode(batch)) == documents(reference.encode(batch))
+    assert fast.engine == "gigatoken"
+
+
+@needs_gigatoken
+def test_gigatoken_is_renewed(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_RECYCLE_CHARS", 10)
+    encoder = Encoder(byte_level)
+    first = encoder._fast._backend  # type: ignore[union-attr]
+    expected = Encoder(byte_level, "reference").encode(["some text", "more"])
+    for _ in range(3):
+        assert documents(encoder.encode(["some text", "more"])) == documents(expected)
+    assert encoder._fast._backend is not first  # type: ignore[union-attr]
+
+
+@needs_gigatoken
+@pytest.mark.parametrize("name", ["wordpiece", "unigram"])
+def test_other_kinds_use_the_reference_without_a_word(folders: dict[str, Path], name: str) -> None:
+    lines: list[str] = []
+    assert Encoder(load_tokenizer(folders[name]), report=lines.append).engine == "tokenizers"
+    assert lines == []
+
+
+class Wrong:
+    """An engine that is right until told otherwise."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.reference = Encoder(tokenizer, "reference")
+        self.fault = ""
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        ids, ends = self.reference.encode(texts)
+        if self.fault == "id":
+            ids = ids.copy()
+            ids[-1] += 1
+        if self.fault == "lost":
+            ends = ends[:-1]
+        if self.fault == "error":
+            raise RuntimeError("out of\n luck")
+        return Encoded(ids, ends)
+
+
+@pytest.fixture
+def wrong(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Wrong:
+    engine = Wrong(byte_level)
+    monkeypatch.setattr(encode, "open_gigatoken", lambda content: engine)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    return engine
+
+
+FAULTS = {"id": "differently", "lost": "results for", "error": "out of luck"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_engine_that_differs_from_the_start_is_not_used(byte_level: Tokenizer, wrong: Wrong, fault: str) -> None:
+    wrong.fault = fault
+    lines: list[str] = []
+    encoder = Encoder(byte_level, report=lines.append)
+    assert encoder.engine == "tokenizers"
+    assert len(lines) == 1 and FAULTS[fault] in lines[0] and "\n" not in lines[0]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_engine_that_differs_later_is_dropped_for_good(byte_level: Tokenizer, wrong: Wrong, fault: str) -> None:
+    lines: list[str] = []
+    encoder = Encoder(byte_level, report=lines.append)
+    expected = documents(Encoder(byte_level, "reference").encode(["good", "bad"]))
+    assert documents(encoder.encode(["good", "bad"])) == expected
+    assert (encoder.engine, lines) == ("gigatoken", [])
+    wrong.fault = fault
+    assert documents(encoder.encode(["good", "bad"])) == expected  # this call is already right
+    assert encoder.engine == "tokenizers"
+    wrong.fault = ""
+    assert documents(encoder.encode(["good", "bad"])) == expected
+    assert encoder.engine == "tokenizers"
+    assert len(lines) == 1 and FAULTS[fault] in lines[0]
+
+
+def test_without_a_report_it_is_a_warning(byte_level: Tokenizer, wrong: Wrong) -> None:
+    wrong.fault = "id"
+    with pytest.warns(RuntimeWarning, match="gigatoken encoded"):
+        Encoder(byte_level)
+
+
+def test_samples_are_small_and_reach_every_document() -> None:
+    pieces = ["x" * 1000] * 100
+    samples = [encode._sample(pieces, call) for call in range(200)]
+    assert max(map(len, samples)) <= 5
+    assert {i for sample in samples for i in sample} == set(range(100))
+    assert encode._sample([], 0) == []
+    assert encode._sample(["only"], 7) == [0]
