@@ -67,7 +67,7 @@ def main() -> None:
             newest[record["benchmark"]] = record
     head = (
         "# Benchmarks\n\nMade by `python benchmarks/report.py` from `benchmarks/results/`. Medians, with minimum and "
-        "maximum in brackets. Ratios are to the first baseline and taken within one round, because shared machines drift.\n"
+        "maximum in brackets. Ratios are to the first baseline, round by round, because machines drift.\n"
     )
     tables = [TABLES[name](record) for name, record in newest.items()]
     (HERE / "REPORT.md").write_text("\n".join([head, *tables]), encoding="utf-8")

@@ -101,7 +101,8 @@ def load_model(found: checkpoint.Checkpoint) -> PreTrainedModel:
     config = AutoConfig.for_model(**json.loads(found.text("config.json")))
     model = build_model(config, seed=load_recipe(found.path / "recipe.yaml").recipe.seed)
     checkpoint.load_weights(model, found.tensors("model.safetensors"), where=str(found.path))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _write(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
@@ -146,10 +147,9 @@ def _fix_tokenizer_config(folder: Path, *, max_length: int | None) -> None:
 
 def _verify(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> float:
     """Logits, parameter count and token ids of a fresh process against ours; returns the largest logits difference."""
-    limit = min(64, _max_positions(model.config) or 64)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, tokenizer.num_tokens, (limit,), generator=generator).tolist()
     text = "The quick brown fox jumps over 13 lazy dogs.\n\tdef naïve(): return '漢字'"
+    text_ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    ids = text_ids[: _max_positions(model.config)]
     probe, result = folder / ".probe.json", folder / ".probe.safetensors"
     probe.write_text(json.dumps({"ids": ids, "text": text}), encoding="utf-8")
     command = [sys.executable, "-c", VERIFY, str(folder), str(result), str(probe)]
@@ -171,7 +171,7 @@ def _verify(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> float
         problems.append(f"logits differ by {difference:.3g}")
     if int(theirs["num_parameters"]) != model.num_parameters():
         problems.append(f"{int(theirs['num_parameters'])} parameters instead of {model.num_parameters()}")
-    if theirs["text_ids"].tolist() != tokenizer.backend.encode(text, add_special_tokens=False).ids:
+    if theirs["text_ids"].tolist() != text_ids:
         problems.append("the tokenizer gives other ids")
     if problems:
         raise ExportError(

@@ -23,22 +23,30 @@ def numbers(loaded: Loaded) -> dict[str, Any]:
 
 
 def test_steps_follow_from_tokens(root: Path) -> None:
-    found = numbers(loaded(root, "train.tokens=1e5", "train.batch_tokens=2048", "train.micro_batch_sequences=3"))
+    found = numbers(
+        loaded(
+            root,
+            "train.tokens=1e5",
+            "train.batch_tokens=2048",
+            "train.micro_batch_sequences=3",
+            "schedule.warmup_tokens=2e4",
+        )
+    )
     assert found["steps"] == 49  # 48.8
     assert found["batch_sequences"] == 8
     assert found["accumulation"] == 3
     assert found["warmup_steps"] == 10  # 20,000 / 2,048 = 9.8
     assert found["decay_steps"] == 10  # 20,000 as well
     cosine = numbers(loaded(root, "schedule.kind=cosine", "schedule.warmup_tokens=8192"))
-    assert (cosine["warmup_steps"], cosine["decay_steps"]) == (2, 47)
+    assert (cosine["warmup_steps"], cosine["decay_steps"]) == (2, 23)
 
 
 def test_sizes_follow_from_the_tokenizer(root: Path) -> None:
     found = numbers(loaded(root))
     assert found["vocab_size"] == 4096
     assert found["parameters"] == 1_311_872
-    assert found["total_flops"] == found["flops_per_token"] * 49 * 4096
-    assert found["tokens_per_parameter"] == pytest.approx(2e5 / 1_311_872)
+    assert found["total_flops"] == found["flops_per_token"] * 25 * 4096
+    assert found["tokens_per_parameter"] == pytest.approx(1e5 / 1_311_872)
     assert found["training_bytes"] == 16 * 1_311_872
     assert numbers(loaded(root, "tokenizer.pad_to_multiple=1000"))["vocab_size"] == 5000
     assert numbers(loaded(root, "model.vocab_size=4200", "tokenizer.path=none"))["vocab_size"] == 4200
@@ -64,7 +72,7 @@ def test_without_a_tokenizer_the_rest_is_shown(root: Path, tmp_path: Path, conte
         (tmp_path / "tokenizer.json").write_text(content)
     this = loaded(root, f"tokenizer.path={tmp_path}")
     found = {number.name: number for number in derived_numbers(this.recipe)}
-    assert found["steps"].value == 49
+    assert found["steps"].value == 25
     assert found["vocab_size"].value is None and how in found["vocab_size"].how
     assert found["parameters"].value is None and found["total_flops"].text == "unknown"
     assert "unknown" in as_text(this, list(found.values()))
@@ -89,7 +97,7 @@ def test_the_text_shows_values_with_their_origins(root: Path) -> None:
     assert ("out", "runs/debug-llama", "derived") in rows
     assert ("chunk_bytes", "null", "default") in rows
     assert ("betas", "[0.9,", "0.95]", "default") in rows
-    assert ("tokens", "200_000", "line", "21") in rows
+    assert ("tokens", "100_000", "line", "21") in rows
     assert not any(line.endswith(" ") for line in lines)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lmssl.data.cache import Cancelled
@@ -258,6 +259,7 @@ class _WorkerSource(Generic[T]):
             multiprocessing_context="spawn",  # a forked child would inherit locks of the threads here
             prefetch_factor=_PREFETCHED,
             worker_init_fn=_leave_signals_to_main,
+            generator=torch.Generator(),  # else it draws a seed, which nothing uses, from the global one
         )
         self._batches = iter(loader)
 

@@ -42,7 +42,7 @@ DOCUMENT_FIELDS = np.dtype(
 """One row per document: hash and size of its text, and where the text comes from (see `corpus.Document`)."""
 
 _FORMAT = 1
-_BATCH_BYTES = 4 << 20
+_BATCH_BYTES = 16 << 20
 _LOCK_SECONDS = 0.05
 _ARRAYS = ("tokens.ds", "tokens.ds.index", "documents.npy")
 

@@ -57,7 +57,9 @@ def evaluate_loss(
                 for micro in batches:
                     inputs = {name: tensor.to(accelerator.device) for name, tensor in micro.inputs.items()}
                     nats = module(inputs)[term].double().cpu()
-                    sums[corpus] += torch.tensor([float(nats), micro.counts[term], micro.num_bytes], dtype=torch.float64)
+                    sums[corpus] += torch.tensor(
+                        [float(nats), micro.counts[term], micro.num_bytes], dtype=torch.float64
+                    )
     finally:
         module.train(was_training)
     names = list(sums)

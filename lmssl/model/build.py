@@ -24,15 +24,9 @@ from lmssl.model.head import IGNORE, output_weight, summed_cross_entropy
 from lmssl.recipe.model import FAMILIES, ModelBase
 from lmssl.tokenizer.load import Tokenizer
 
-SIZE_FIELDS = ("hidden_size", "n_embd", "d_model", "dim", "num_hidden_layers", "n_layer", "n_layers")
-SIZE_FIELDS += (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "intermediate_size",
-    "ffn_dim",
-    "num_experts",
-    "n_routed_experts",
+SIZE_FIELDS = (
+    *("hidden_size", "n_embd", "d_model", "dim", "num_hidden_layers", "n_layer", "n_layers"),
+    *("num_attention_heads", "n_head", "n_heads", "intermediate_size", "ffn_dim", "num_experts", "n_routed_experts"),
 )
 """Fields that decide a model's size under the names transformers' families use; none may be left to its default."""
 

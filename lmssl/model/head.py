@@ -34,7 +34,7 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     """
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
         return _forward_only(hidden_ND, weight_VD, targets_N, chunk_targets)
-    loss: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_targets)
+    loss: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_targets)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -138,8 +138,17 @@ def _train_unigram(build: TokenizerBuild, texts: Iterator[str], special: list[Ad
         unk_token=build.control_tokens["unk"],
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
-    return _rounded(backend, len(special))
+    try:
+        backend.train_from_iterator(texts, trainer)
+    except Exception as error:  # the Rust side raises bare Exception
+        if "all chars" not in str(error):
+            raise
+        raise TokenizerError(
+            f"the characters of the text alone take more than vocab_size={build.vocab_size}",
+            where=f"tokenizer build {build.name}, vocab_size",
+            remedy="raise vocab_size, or leave out text in other scripts",
+        ) from error
+    return _settled(backend, len(special))
 
 
 def _byte_level_split(split: str) -> Any:
@@ -167,12 +176,25 @@ def _alphabet(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> tuple[list
     return sorted(first), sorted(inner & set(first))
 
 
-def _rounded(backend: tokenizers.Tokenizer, num_special: int) -> tokenizers.Tokenizer:
-    """Scores rounded and sorted: sums over a hash map differ in their last digits from run to run."""
+def _settled(backend: tokenizers.Tokenizer, num_special: int) -> tokenizers.Tokenizer:
+    """The same pieces, scored and ordered without the traces of a hash map's order.
+
+    Sums over the map differ in their last digits from run to run: scores are rounded. Characters that the model
+    would have dropped get the lowest score plus 0, 1, 2, ... times 1e-4 in the order of the map: all get the lowest.
+    """
     content = json.loads(backend.to_str())
     vocabulary = content["model"]["vocab"]
-    learned = [(-round(score, _SCORE_DIGITS), piece) for piece, score in vocabulary[num_special:]]
-    content["model"]["vocab"] = vocabulary[:num_special] + [[piece, -cost] for cost, piece in sorted(learned)]
+    control, learned = vocabulary[:num_special], vocabulary[num_special:]
+    lowest = min(score for _, score in learned)
+    num_characters = sum(len(piece) == 1 for piece, _ in learned)
+
+    def cost(piece: str, score: float) -> float:
+        place = (score - lowest) / 1e-4
+        added = len(piece) == 1 and place < num_characters and abs(place - round(place)) < 1e-4
+        return -round(lowest if added else score, _SCORE_DIGITS)
+
+    ordered = sorted((cost(piece, score), piece) for piece, score in learned)
+    content["model"]["vocab"] = control + [[piece, -value] for value, piece in ordered]
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 

@@ -83,7 +83,8 @@ def set_determinism(recipe: Recipe, device: torch.device) -> None:
     wanted = recipe.train.deterministic
     enabled = device.type == "cpu" if wanted is None else wanted
     torch.use_deterministic_algorithms(enabled)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+    # A debugging aid that costs a pass over memory; torch's stubs do not know the attribute.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_compile(recipe: Recipe, device: torch.device, *, num_parameters: int, tokens_left: int) -> CompileMode:

@@ -56,6 +56,7 @@ def train(loaded: Loaded) -> Path:
         try:
             with stop_flag() as stop:
                 _loop(session, console, log, stop)
+            console.note(closing_line(session))
         finally:
             if log is not None:
                 log.close()
@@ -105,7 +106,7 @@ def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: S
             log_due = last or _due(state.step, recipe.train.log_every_steps)
             evaluate_due = last or _due(state.step, recipe.evaluate.every_steps)
             save_due = last or _due(state.step, recipe.checkpoint.every_steps)
-            # The device is read one step late, so that it never waits for the host, but at once before a line or a save.
+            # The device is read one step late, so that it never waits for the host; before a line or a save, at once.
             stopping = _read(session, pending, keep=0 if log_due or evaluate_due or save_due else 1)
             if stopping:
                 _read(session, pending, keep=0)
@@ -228,6 +229,16 @@ def opening_lines(session: Session) -> list[str]:
         f"{recipe.name}: {name}, {num_parameters:,} parameters on {where}",
         f"{recipe.steps:,} steps of {recipe.train.batch_tokens:,} tokens; run folder {session.run}",
     ]
+
+
+def closing_line(session: Session) -> str:
+    """What was read, and what of it was padding, cut or unreadable."""
+    totals = session.stream.totals(session.state.cursor)
+    return (
+        f"opened {totals.num_documents:,} documents, {totals.num_tokens:,} tokens; padding {totals.padding_ratio:.2%}, "
+        f"{totals.num_cut_documents:,} cut documents, {totals.num_bad_records:,} bad records, "
+        f"{session.state.skipped_steps:,} skipped steps"
+    )
 
 
 class Clock:

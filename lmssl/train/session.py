@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig
 
 from lmssl import checkpoint
 from lmssl.data.batch import training_batches, validation_batches
-from lmssl.data.stream import SequenceStream, ValidationSplit
 from lmssl.data.ledger import Ledger
+from lmssl.data.stream import SequenceStream, ValidationSplit
 from lmssl.errors import CheckpointError, TrainingError
 from lmssl.evaluate.loss import LossResult, evaluate_loss
 from lmssl.model.build import build_config, build_model, padded_vocab_size
@@ -36,8 +36,10 @@ from lmssl.train.console import Report
 from lmssl.train.launch import check_trackers, choose_compile, compile_module, open_accelerator, set_determinism
 from lmssl.train.state import TrainState
 
-FREE_FIELDS = ("out", "checkpoint", "evaluate", "track", "data.workers", "data.cache", "train.compile")
-FREE_FIELDS += ("train.micro_batch_sequences", "train.log_every_steps", "train.max_skipped_steps")
+FREE_FIELDS = (
+    *("out", "checkpoint", "evaluate", "track", "data.workers", "data.cache"),
+    *("train.compile", "train.micro_batch_sequences", "train.log_every_steps", "train.max_skipped_steps"),
+)
 """Fields that may differ when a run continues: they move neither the order of data nor the update."""
 
 

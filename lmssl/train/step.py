@@ -150,8 +150,7 @@ def _update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None
     """The gated update: the fused kernel leaves weights, moments and step count alone when `found_inf` is set."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    inner = getattr(optimizer, "optimizer", optimizer)
-    inner.found_inf = 1.0 - finite
+    optimizer.found_inf = 1.0 - finite  # type: ignore[attr-defined]  # read by the fused kernel; GradScaler sets it so
     optimizer.step()
     optimizer.zero_grad()
 

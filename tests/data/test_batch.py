@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lmssl.data.batch import SequenceBatch, num_micro_batches, training_batches, validation_batches
 from lmssl.data.order import permutation
@@ -115,7 +116,9 @@ def test_rows_go_where_the_module_says(stream: SequenceStream) -> None:
 
 def test_loader_processes_and_resuming_change_nothing(stream: SequenceStream) -> None:
     whole = rows(list(batches(stream)))
+    state = torch.get_rng_state()
     assert whole == rows(list(batches(stream, workers=1)))
+    assert torch.equal(torch.get_rng_state(), state)
     first, second = batches(stream, num_steps=1), batches(stream, start_step=1, num_steps=STEPS - 1)
     assert whole == rows(list(first)) | rows(list(second))
     assert no_threads_left() and not multiprocessing.active_children()

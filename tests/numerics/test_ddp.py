@@ -10,15 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from runs import metrics, small_recipe, tensors_of, write_recipe
 
 from lmssl import checkpoint
+from runs import metrics, small_recipe, tensors_of, write_recipe
 
 pytestmark = pytest.mark.slow
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29612"],
+    "accelerate": [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "29612",
+    ],
 }
 
 

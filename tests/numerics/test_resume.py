@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import metrics, small_recipe, tensors_of, write_recipe
 
 from lmssl import checkpoint
+from runs import metrics, small_recipe, tensors_of, write_recipe
 
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
@@ -73,7 +73,7 @@ def test_killed_twice_equals_uninterrupted(tmp_path: Path, text_folder: Path, co
     rows = metrics(tmp_path / "killed")
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 21))
     sessions = (tmp_path / "killed" / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["from_step"] for line in sessions][0] == 0
+    assert json.loads(sessions[0])["from_step"] == 0
     assert all(json.loads(line)["from_step"] >= 4 for line in sessions[1:])
 
 

@@ -117,7 +117,7 @@ def test_stored_padding_truncation_and_dropout_have_no_effect(folders: dict[str,
 
 
 def test_long_documents_are_cut_without_effect(trained: Tokenizer, texts: list[str]) -> None:
-    long = "\n\n".join(texts)
+    long = "\n\n".join(texts * 2)
     assert len(long) > PIECE_CHARS
     whole = trained.backend.encode(long, add_special_tokens=False).ids
     for engine in ("auto", "reference"):

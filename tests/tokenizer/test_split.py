@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lmssl.tokenizer.split import can_cut, cut_text
 def test_pieces_join_to_the_text_and_begin_at_a_space(text: str, size: int) -> None:
     pieces = cut_text(text, size)
     assert "".join(pieces) == text
-    for left, right in zip(pieces, pieces[1:], strict=False):
+    for left, right in pairwise(pieces):
         assert len(left) >= size and left[-1].isalnum() and right[0] == " "
 
 

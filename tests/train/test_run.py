@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import metrics, small_recipe, write_recipe
 
 from lmssl import checkpoint
 from lmssl.errors import CheckpointError, DataError, LmsslError, ModelError, TrainingError
 from lmssl.objective.causal import CausalObjective
 from lmssl.recipe.load import load_recipe
 from lmssl.train.run import train
+from runs import metrics, small_recipe, write_recipe
 
 
 def run(folder: Path, text: Path, *overrides: str, **changes: Any) -> Path:
