@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from lmssl import checkpoint
 from lmssl.card import write_card
@@ -111,6 +112,7 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
+    disable_progress_bar()
     model.save_pretrained(folder)
     path = folder / "config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
@@ -150,6 +152,7 @@ def _verify(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> float
     text = "The quick brown fox jumps over 13 lazy dogs.\n\tdef naïve(): return '漢字'"
     text_ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
     ids = text_ids[: _max_positions(model.config)]
+    folder = folder.resolve()  # the child works inside it
     probe, result = folder / ".probe.json", folder / ".probe.safetensors"
     probe.write_text(json.dumps({"ids": ids, "text": text}), encoding="utf-8")
     command = [sys.executable, "-c", VERIFY, str(folder), str(result), str(probe)]

@@ -83,6 +83,13 @@ def test_what_transformers_4_and_others_need_is_there(out: Path) -> None:
     }
 
 
+def test_relative_folders_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    relative = Path(f"export-{tmp_path.name}")
+    assert export_run(Path(run.name), None, relative, lambda _: None).path == relative
+    assert AutoModelForCausalLM.from_pretrained(relative).config.vocab_size == 4096
+
+
 def test_tied_weights_stay_tied(out: Path) -> None:
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(out)

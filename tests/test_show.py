@@ -37,7 +37,7 @@ def test_steps_follow_from_tokens(root: Path) -> None:
     assert found["accumulation"] == 3
     assert found["warmup_steps"] == 10  # 20,000 / 2,048 = 9.8
     assert found["decay_steps"] == 10  # 20,000 as well
-    cosine = numbers(loaded(root, "schedule.kind=cosine", "schedule.warmup_tokens=8192"))
+    cosine = numbers(loaded(root, "schedule.kind=cosine", "schedule.warmup_tokens=4096"))
     assert (cosine["warmup_steps"], cosine["decay_steps"]) == (2, 23)
 
 
@@ -45,8 +45,8 @@ def test_sizes_follow_from_the_tokenizer(root: Path) -> None:
     found = numbers(loaded(root))
     assert found["vocab_size"] == 4096
     assert found["parameters"] == 1_311_872
-    assert found["total_flops"] == found["flops_per_token"] * 25 * 4096
-    assert found["tokens_per_parameter"] == pytest.approx(1e5 / 1_311_872)
+    assert found["total_flops"] == found["flops_per_token"] * 25 * 2048
+    assert found["tokens_per_parameter"] == pytest.approx(5e4 / 1_311_872)
     assert found["training_bytes"] == 16 * 1_311_872
     assert numbers(loaded(root, "tokenizer.pad_to_multiple=1000"))["vocab_size"] == 5000
     assert numbers(loaded(root, "model.vocab_size=4200", "tokenizer.path=none"))["vocab_size"] == 4200
@@ -97,7 +97,7 @@ def test_the_text_shows_values_with_their_origins(root: Path) -> None:
     assert ("out", "runs/debug-llama", "derived") in rows
     assert ("chunk_bytes", "null", "default") in rows
     assert ("betas", "[0.9,", "0.95]", "default") in rows
-    assert ("tokens", "100_000", "line", "21") in rows
+    assert ("tokens", "50_000", "line", "22") in rows
     assert not any(line.endswith(" ") for line in lines)
 
 

@@ -18,6 +18,9 @@ TEXT_SHARE = 8
 
 _MIN_CHARS = 80
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
+"""Where statements hold statements; expressions, most of a tree, are never visited."""
+_NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.ExceptHandler)
 _TOPICS = os.path.join("pydoc_data", "topics.py")
 
 
@@ -79,10 +82,11 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[int, str]]:
         text = ast.get_docstring(node)
         if text is not None and len(text) >= _MIN_CHARS:
             yield getattr(node, "lineno", 1), f"{name}\n\n{text}\n"
-    for child in ast.iter_child_nodes(node):
-        child_name = getattr(child, "name", None)
-        inner = f"{name}.{child_name}" if isinstance(child_name, str) else name
-        yield from _docstrings(child, inner)
+    for block in _BLOCKS:
+        for child in getattr(node, block, ()):
+            child_name = getattr(child, "name", None) if isinstance(child, _NAMED) else None
+            inner = f"{name}.{child_name}" if child_name is not None else name
+            yield from _docstrings(child, inner)
 
 
 def _module_name(path: str) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmssl.errors import ModelError
 from lmssl.model.attention import document_attention, document_kwargs
@@ -29,15 +29,6 @@ SIZE_FIELDS = (
     *("num_attention_heads", "n_head", "n_heads", "intermediate_size", "ffn_dim", "num_experts", "n_routed_experts"),
 )
 """Fields that decide a model's size under the names transformers' families use; none may be left to its default."""
-
-
-def padded_vocab_size(num_tokens: int, multiple: int) -> int:
-    """Rows of the embedding for a tokenizer of `num_tokens` ids.
-
-    >>> padded_vocab_size(50257, 64)
-    50304
-    """
-    return -(-num_tokens // multiple) * multiple
 
 
 def build_config(
@@ -88,7 +79,7 @@ def config_fields(kind: str) -> dict[str, Any]:
     Raises:
         ModelError: transformers has no causal language model of this kind.
     """
-    causal = sorted(name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING)
+    causal = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # names alone: the mapping of classes would import all of them
     if kind not in causal:
         near = difflib.get_close_matches(kind, causal, n=1)
         raise ModelError(

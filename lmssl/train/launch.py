@@ -17,7 +17,7 @@ from torch import nn
 from lmssl.errors import TrainingError
 from lmssl.recipe.sections import Recipe
 
-COMPILE_PAYS_FLOPS_PER_THREAD = 1.5e13
+COMPILE_PAYS_FLOPS_PER_THREAD = 1e13
 """Training FLOPs per CPU thread from which compiling (20 to 60 s) is repaid; see docs/performance.md."""
 COMPILE_PAYS_FLOPS_DEVICE = 1e16
 """The same for an accelerator."""

@@ -43,15 +43,16 @@ def train(loaded: Loaded) -> Path:
         LmsslError: see `open_session`.
     """
     recipe = loaded.recipe
-    notes: list[str] = []
-    session = open_session(recipe, notes.append)
+    early: list[str] = []
+    say = early.append  # until there is a console; later windows and loaders report through the same function
+    session = open_session(recipe, lambda text: say(text))
     main = session.accelerator.is_main_process
     total = recipe.steps * recipe.train.batch_tokens
     session.accelerator.init_trackers(recipe.name, config=_tracked_config(recipe))
     with RunConsole(enabled=main, total_tokens=total, first_tokens=session.state.tokens_seen) as console:
-        session.report = console.note
-        for note in [*notes, *opening_lines(session)]:
-            console.note(note)
+        say = console.note
+        for text in [*early, *opening_lines(session)]:
+            say(text)
         log = MetricsLog(session.run / "metrics.jsonl", step=session.state.step) if main else None
         try:
             with stop_flag() as stop:

@@ -21,9 +21,9 @@ from lmssl import checkpoint
 from lmssl.data.batch import training_batches, validation_batches
 from lmssl.data.ledger import Ledger
 from lmssl.data.stream import SequenceStream, ValidationSplit
-from lmssl.errors import CheckpointError, TrainingError
+from lmssl.errors import CheckpointError
 from lmssl.evaluate.loss import LossResult, evaluate_loss
-from lmssl.model.build import build_config, build_model, padded_vocab_size
+from lmssl.model.build import build_config, build_model
 from lmssl.objective.base import MicroBatch, Objective, SumObjective
 from lmssl.objective.build import build_objective
 from lmssl.objective.module import LossModule
@@ -123,9 +123,12 @@ def open_session(recipe: Recipe, report: Report) -> Session:
     check_trackers(recipe)
     _check_run_folder(run, recipe)
     tokenizer = load_tokenizer(find(recipe.tokenizer.path))
-    vocab_size = padded_vocab_size(tokenizer.num_tokens, recipe.tokenizer.pad_to_multiple)
-    length = recipe.data.sequence_length
-    config = build_config(recipe.model, vocab_size=vocab_size, sequence_length=length, tokenizer=tokenizer)
+    config = build_config(
+        recipe.model,
+        vocab_size=recipe.vocab_size(tokenizer.num_tokens),
+        sequence_length=recipe.data.sequence_length,
+        tokenizer=tokenizer,
+    )
     found = checkpoint.find_latest(run, report)
     stream = _open_stream(recipe, tokenizer, found, report)
     objective = build_objective(recipe)
@@ -230,14 +233,3 @@ def _about(session: Session) -> dict[str, object]:
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
         "python": platform.python_version(),
     }
-
-
-def require_finished(session: Session) -> bool:
-    """Whether the run has nothing left to do."""
-    if session.state.step > session.recipe.steps:
-        raise TrainingError(
-            f"the checkpoint is at step {session.state.step}, the recipe ends at {session.recipe.steps}",
-            where=str(session.run),
-            remedy="raise train.tokens",
-        )
-    return session.state.step == session.recipe.steps

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmssl.errors import ModelError
-from lmssl.model.build import build_config, build_model, padded_vocab_size
+from lmssl.model.build import build_config, build_model
 from lmssl.recipe.model import Gpt2Model, LlamaModel, OtherModel, Qwen3Model
 
 LLAMA: dict[str, Any] = {
@@ -99,7 +99,3 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_meta_models_take_no_memory() -> None:
     model = build_model(config(LlamaModel(**LLAMA)), seed=1, device="meta")
     assert all(p.is_meta for p in model.parameters())
-
-
-def test_padded_vocab_size() -> None:
-    assert [padded_vocab_size(n, 64) for n in (1, 64, 65)] == [64, 64, 128]

@@ -32,6 +32,16 @@ def test_value_and_gradients_equal_torch(chunk: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_the_form_for_the_compiler_is_the_same_function() -> None:
+    hidden, weight, targets = problem()
+    eager = summed_cross_entropy(hidden, weight, targets, chunk_targets=8)
+    compiled = torch.compile(summed_cross_entropy, backend="aot_eager")(hidden, weight, targets, chunk_targets=8)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+    wanted = torch.autograd.grad(eager, (hidden, weight))
+    for a, b in zip(torch.autograd.grad(compiled, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_without_gradient_the_value_is_the_same() -> None:
     hidden, weight, targets = problem()
     with torch.no_grad():

@@ -130,3 +130,13 @@ def test_limits_cut_documents_and_the_sample(make: Any) -> None:
 
 def test_lone_surrogates_do_not_stop_the_training(make: Any, texts: list[str]) -> None:
     train_tokenizer(make("bpe-gpt2"), iter([*texts, "bad \ud800"]))
+
+
+@pytest.mark.parametrize("name", ["bpe-gpt2", "wordpiece", "unigram"])
+def test_an_error_of_the_source_arrives_unchanged(make: Any, name: str) -> None:
+    def failing() -> Any:
+        yield "some text"
+        raise TokenizerError("the source broke", remedy="none")
+
+    with pytest.raises(TokenizerError, match="the source broke"):
+        train_tokenizer(make(name), failing())
