@@ -154,6 +154,8 @@ def export(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; returns the exit code of the process."""
+    # Looking for pydantic plugins reads the metadata of every installed package, a tenth of what `show` takes.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given or os.environ.get("LMSSL_DEBUG", "") not in ("", "0")
     return _guarded(lambda: _run([argument for argument in given if argument != "--debug"]), debug)

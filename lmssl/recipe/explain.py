@@ -13,6 +13,7 @@ from lmssl.errors import RecipeError
 from lmssl.recipe import keys
 from lmssl.recipe.base import Section
 from lmssl.recipe.hints import foreign, foreign_value, nearest
+from lmssl.recipe.meaning import fill_descriptions
 from lmssl.recipe.source import KeyPath, Source, dotted
 from lmssl.recipe.words import decapitalised, example, expectation, number, one_of, shown, word
 
@@ -40,6 +41,7 @@ def refuse(error: ValidationError, source: Source, root: type[Section]) -> NoRet
     Raises:
         RecipeError: always; a single problem keeps its own place and remedy, several are listed.
     """
+    fill_descriptions()
     found: dict[KeyPath, Problem] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "value_error":

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from lmssl.recipe import keys
+from lmssl.recipe.meaning import meanings, section_classes
 from lmssl.recipe.model import OtherModel
 from lmssl.recipe.sections import Recipe
 
@@ -21,6 +22,12 @@ def recipe_schema() -> dict[str, Any]:
     ]
     # `oneOf` needs exactly one match, and the class of all other families would match the shipped ones too.
     schema["$defs"][OtherModel.__name__]["properties"]["kind"]["not"] = {"enum": families}
+    classes = section_classes()
+    for name, definition in [(Recipe.__name__, schema), *schema["$defs"].items()]:
+        section = classes[name]
+        for field, text in meanings(section).items():
+            key = section.model_fields[field].alias or field
+            definition["properties"][key].setdefault("description", text)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lmssl recipe"}
     schema.pop("title")
     grouped: dict[str, Any] = _with_grouped_integers(schema)
