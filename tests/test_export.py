@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import small_recipe, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +16,7 @@ from lmssl.errors import CheckpointError, ExportError
 from lmssl.export import export_run
 from lmssl.recipe.load import load_recipe
 from lmssl.train.run import train
+from runs import small_recipe, write_recipe
 
 FAMILIES = {
     "llama": {"rope_theta": 500000.0},

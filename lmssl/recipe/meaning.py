@@ -35,7 +35,7 @@ def fill_descriptions() -> None:
 
 def section_classes(base: type[Section] = Section) -> dict[str, type[Section]]:
     """Every section class by its name, which is its name in the schema."""
-    found = {}
+    found: dict[str, type[Section]] = {}
     for cls in base.__subclasses__():
         found |= {cls.__name__: cls, **section_classes(cls)}
     return found
