@@ -17,7 +17,7 @@ from lmssl.errors import LmsslError, Preempted, RecipeError
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-# Typer brings its own copy of click from 0.20 on, so only what typer itself names is the same class everywhere.
+# Typer brings its own copy of click from 0.26 on, so only what typer itself names is the same class everywhere.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(

@@ -54,7 +54,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden: list[Tensor] = []
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_DV = torch.zeros_like(weight_VD.t(), dtype=torch.float32, memory_format=torch.contiguous_format)
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None]
@@ -62,8 +62,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
             total = total + loss
             # Rows that predict nothing are taken out here, where they are D wide, and not from the V wide gradient.
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
-            grad_weight = grad_weight + grad_logits_NV.t() @ (hidden_ND[part] * kept_N1)
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight_VD.dtype))
+            # [D, N] @ [N, V] runs faster on CPU than the transpose of the wide matrix times hidden states.
+            grad_weight_DV = grad_weight_DV + (hidden_ND[part] * kept_N1).t().contiguous() @ grad_logits_NV
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_DV.t().contiguous().to(weight_VD.dtype))
         return total
 
     @staticmethod

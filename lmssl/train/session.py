@@ -183,7 +183,7 @@ def _check_run_folder(run: Path, recipe: Recipe) -> None:
         )
     earlier = run / "recipe.yaml"
     if not earlier.exists():
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(not path.name.startswith(".tmp-") for path in run.iterdir()):
             raise CheckpointError(
                 f"{run} is not empty and is no run folder", where="out", remedy="choose another out, or empty it"
             )
@@ -208,10 +208,12 @@ def _open_run_folder(session: Session, tokenizer: Tokenizer) -> None:
     if accelerator.is_main_process:
         try:
             run.mkdir(parents=True, exist_ok=True)
+            # First the recipe, which makes it a run folder; a kill before leaves only what the next start overwrites.
+            checkpoint.write_synced(run / ".tmp-recipe.yaml", resolved_yaml(session.recipe))
+            (run / ".tmp-recipe.yaml").rename(run / "recipe.yaml")
             if not (run / "tokenizer").exists():
                 shutil.copytree(tokenizer.path, run / ".tmp-tokenizer", dirs_exist_ok=True)
                 (run / ".tmp-tokenizer").rename(run / "tokenizer")
-            checkpoint.write_synced(run / "recipe.yaml", resolved_yaml(session.recipe))
             with (run / "sessions.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_about(session)) + "\n")
         except OSError as error:

@@ -90,6 +90,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, text_folder: Path) -
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_a_start_that_was_killed_early_is_no_obstacle(tmp_path: Path, text_folder: Path) -> None:
+    (tmp_path / "run" / ".tmp-tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / ".tmp-recipe.yaml").write_text("na")
+    assert checkpoint.find_step(run(tmp_path, text_folder, steps=2), None).step == 2
+
+
 def test_a_file_in_place_of_the_folder(tmp_path: Path, text_folder: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
