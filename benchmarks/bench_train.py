@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -133,16 +134,18 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--skip", action="append", default=[], choices=list(ENTRANTS)[2:], help="leave a peer out")
     parser.add_argument("--tiny", action="store_true", help="a model too small to mean anything, to try the script")
     parser.add_argument("--out", type=Path, default=HERE / "results/train.jsonl")
     args = parser.parse_args()
-    rates: dict[str, list[float]] = {name: [] for name in ENTRANTS}
-    first: dict[str, list[float]] = {name: [] for name in ENTRANTS}
+    entrants = {name: flags for name, flags in ENTRANTS.items() if name not in args.skip}
+    rates: dict[str, list[float]] = {name: [] for name in entrants}
+    first: dict[str, list[float]] = {name: [] for name in entrants}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         section = prepare(folder, args.tiny, args.length)
         for repeat in range(args.repeats):
-            for name, flags in ENTRANTS.items():
+            for name, flags in entrants.items():
                 row = ours(folder, section, args, repeat) if name == "lmssl" else peer(folder, flags, args)
                 seconds = row["step_seconds"]
                 rate = args.rows * args.length / statistics.median(seconds[args.warmup :])
@@ -155,8 +158,7 @@ def main() -> None:
     record = {
         "benchmark": "train",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": f"python benchmarks/bench_train.py --repeats {args.repeats} --steps {args.steps}"
-        + (" --tiny" if args.tiny else ""),
+        "command": " ".join(["python benchmarks/bench_train.py", *(shlex.quote(word) for word in sys.argv[1:])]),
         "machine": machine(),
         "model": section,
         "sequence_length": args.length,
@@ -170,7 +172,7 @@ def main() -> None:
                 "first_step_seconds": first[name],
                 "ratio_to_defaults": [a / b for a, b in zip(rates[name], baseline, strict=True)],
             }
-            for name in ENTRANTS
+            for name in entrants
         ],
     }
     args.out.parent.mkdir(exist_ok=True)
