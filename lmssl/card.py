@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from lmssl import __version__
 from lmssl.checkpoint import Checkpoint
+from lmssl.data.order import skipped_before
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
 
@@ -38,22 +40,12 @@ def _sessions(run: Path) -> list[dict[str, object]]:
 
 
 def _body(
-    recipe: Recipe, found: Checkpoint, state: dict[str, object], sessions: list[dict[str, object]], num_parameters: int
+    recipe: Recipe, found: Checkpoint, state: dict[str, Any], sessions: list[dict[str, object]], num_parameters: int
 ) -> str:
-    corpora = "\n".join(
-        f"| {corpus.name} | {corpus.kind} | {'by size' if corpus.weight is None else f'{corpus.weight:g}'} |"
-        for corpus in recipe.data.mixture
-    )
-    evaluation = state.get("evaluation")
-    numbers = "No held-out text was evaluated."
-    if isinstance(evaluation, dict) and evaluation:
-        numbers = (
-            f"On held-out documents of the same corpora, at step {evaluation['step']}: "
-            f"loss {evaluation['loss']:.4f} nats per token, {evaluation['bits_per_byte']:.4f} bits per byte."
-        )
     last = sessions[-1] if sessions else {}
     versions = last.get("versions")
     with_versions = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "unknown"
+    document_attention = "on" if recipe.data.document_attention else "off"
     recipe_text = found.text("recipe.yaml").strip()
     return f"""# {recipe.name}
 
@@ -68,15 +60,13 @@ model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO")
 ```
 
 ## Data
-| corpus | kind | weight |
-| --- | --- | --- |
-{corpora}
+{_corpora(recipe, state)}
 
 Trained on {state["tokens_seen"]:,} tokens in {found.step:,} steps, sequences of {recipe.data.sequence_length} tokens,
-packing `{recipe.data.packing}`, document attention {"on" if recipe.data.document_attention else "off"}.
+packing `{recipe.data.packing}`, document attention {document_attention}.{_changes(recipe, state)}
 
 ## Evaluation
-{numbers}
+{_evaluation(state)}
 
 ## Limits
 A base model: it continues text and follows no instructions. It repeats what its text says, errors and prejudice
@@ -88,6 +78,54 @@ Steps skipped for non-finite numbers: {state["skipped_steps"]}.
 
 {_fenced(recipe_text)}
 """
+
+
+def _corpora(recipe: Recipe, state: dict[str, Any]) -> str:
+    """A table of corpora, with epochs where the checkpoint knows them."""
+    epochs = state.get("epochs") or {}
+    rows = ["| corpus | kind | weight | epochs |", "| --- | --- | --- | --- |"]
+    for corpus in recipe.data.mixture:
+        weight = "by size" if corpus.weight is None else f"{corpus.weight:g}"
+        read = f"{epochs[corpus.name]:.2f}" if corpus.name in epochs else "unknown"
+        rows.append(f"| {corpus.name} | {corpus.kind} | {weight} | {read} |")
+    return "\n".join(rows)
+
+
+def _changes(recipe: Recipe, state: dict[str, Any]) -> str:
+    """Sentences on temperature, limits of epochs, stages that have begun and positions left out; mostly none."""
+    lines = []
+    if recipe.data.temperature is not None:
+        lines.append(f"Weights were evened out by a temperature of {recipe.data.temperature:g}.")
+    limits = [f"{c.name} {c.max_epochs:g}" for c in recipe.data.mixture if c.max_epochs is not None]
+    if limits:
+        lines.append(f"Shares were lowered to keep to at most so many epochs: {', '.join(limits)}.")
+    tokens_before = state["cursor"] * recipe.data.sequence_length
+    for stage in recipe.data.stages:
+        if stage.from_tokens < tokens_before:
+            weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
+            lines.append(f"From token {stage.from_tokens:,} on the weights were: {weights}.")
+    passed = skipped_before(state["cursor"], [(start, end) for start, end in state.get("skip", ())])
+    if passed:
+        ranges = ", ".join(f"{start} to {end - 1}" for start, end in passed)
+        lines.append(f"Positions of the data order that were left out: {ranges}.")
+    return "".join(f"\n{line}" for line in lines)
+
+
+def _evaluation(state: dict[str, Any]) -> str:
+    """The latest evaluation in words."""
+    evaluation = state.get("evaluation")
+    if not evaluation:
+        return "No held-out text was evaluated."
+    text = f"On held-out documents of the same corpora, at step {evaluation['step']}: {_loss(evaluation)}."
+    sets = evaluation.get("sets", {})
+    if sets:
+        text += "\n\nOn further validation sets:\n"
+    return text + "".join(f"\n- {name}: {_loss(numbers)}" for name, numbers in sets.items())
+
+
+def _loss(numbers: dict[str, Any]) -> str:
+    bits = numbers["bits_per_byte"]
+    return f"loss {numbers['loss']:.4f} nats per token" + ("" if bits is None else f", {bits:.4f} bits per byte")
 
 
 def _fenced(text: str) -> str:

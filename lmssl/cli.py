@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,46 @@ def tokenizer(
 
 
 @app.command()
+def prepare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. [default: one per core, divided among launched ranks]")
+    ] = None,
+) -> None:
+    """Tokenize the corpora of a recipe into the cache; under accelerate launch or torchrun all ranks share the work."""
+    from rich.console import Console
+
+    from lmssl.prepare import prepare as run
+    from lmssl.recipe.load import load_recipe
+    from lmssl.shipped import find
+
+    loaded = load_recipe(find(recipe), overrides or ())
+    rank, world_size, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    )
+    console = Console(soft_wrap=True, highlight=False) if rank == 0 else None
+    began = time.monotonic()
+    found = run(
+        loaded.recipe,
+        rank=rank,
+        world_size=world_size,
+        workers=workers or max(1, (os.cpu_count() or 1) // local),
+        clock=time.monotonic,
+        report=typer.echo,
+        console=console,
+    )
+    seconds = time.monotonic() - began
+    if console is not None:
+        console.print(
+            f"{found.num_chunks:,} chunks, {found.num_documents:,} documents, {found.num_tokens:,} tokens "
+            f"({found.num_bytes / 1e6:,.1f} MB of text); {found.num_built:,} chunks built by this process group in "
+            f"{seconds:,.1f} s, {found.built_tokens / seconds / 1e6:.2f} M tokens/s"
+        )
+
+
+@app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Pretrain; the same command continues an interrupted run."""
     from lmssl.recipe.load import load_recipe
@@ -120,6 +161,33 @@ def show(
     if model:
         numbers.append(shown.built_number(loaded.recipe))
     typer.echo(shown.as_json(loaded, numbers) if as_json else shown.as_text(loaded, numbers))
+
+
+@app.command()
+def data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    position: Annotated[
+        int | None, typer.Option(help="Print the sequence at a position, and where it is from.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Print the sequences of a training step, from 0.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--find", metavar="TEXT", help="Say which positions hold documents with a text.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Count the first epoch; tokenizes all of it.")] = False,
+    count: Annotated[int | None, typer.Option(help="Sequences to print. [default: 1, or the step's batch]")] = None,
+    split: Annotated[str, typer.Option(help="train, or validation: --position counts held-out sequences.")] = "train",
+    limit: Annotated[int, typer.Option(help="Documents that --find lists.")] = 20,
+    full: Annotated[bool, typer.Option("--full", help="Print texts in full.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
+) -> None:
+    """Show the data of a run: any position or step with its sources, where a text is, what an epoch holds."""
+    from lmssl.recipe.load import load_recipe
+    from lmssl.shipped import find
+    from lmssl.trace import Question, answer
+
+    loaded = load_recipe(find(recipe), overrides or ())
+    answer(loaded.recipe, Question(position, step, text, stats, count, split, limit, full, as_json))
 
 
 @app.command()

@@ -96,13 +96,29 @@ def _step_numbers(recipe: Recipe) -> list[Number]:
     else:
         decay, how = recipe.steps - warmup, f"all after the warmup, {schedule.kind}"
     accumulation = math.ceil(recipe.batch_sequences / train.micro_batch_sequences)
+    later = [
+        Number(
+            f"stage_{number}_step", _steps_before(recipe, stage.from_tokens), "whole steps before data.stages begins"
+        )
+        for number, stage in enumerate(recipe.data.stages, 1)
+    ]
+    if recipe.data.skip:
+        later.append(Number("skipped_positions", sum(end - start for start, end in recipe.data.skip), "data.skip"))
     return [
         Number("steps", recipe.steps, "train.tokens / train.batch_tokens, rounded up"),
         Number("warmup_steps", warmup, "schedule.warmup_tokens / train.batch_tokens"),
         Number("decay_steps", decay, how),
         Number("batch_sequences", recipe.batch_sequences, "train.batch_tokens / data.sequence_length"),
         Number("accumulation", accumulation, "micro-batches of one step on one device"),
+        *later,
     ]
+
+
+def _steps_before(recipe: Recipe, tokens: int) -> int:
+    """Whole steps that are made before a token of the order; positions left out take none."""
+    position = tokens // recipe.data.sequence_length
+    skipped = sum(min(end, position) - start for start, end in recipe.data.skip if start < position)
+    return (position - skipped) // recipe.batch_sequences
 
 
 def _size_numbers(recipe: Recipe) -> list[Number]:

@@ -15,7 +15,7 @@ from lmssl import cli
 from lmssl.errors import Preempted, RecipeError
 
 DEBUG = "recipes/debug/gpt-llama.yaml"
-VERBS = ("demo", "tokenizer", "train", "show", "schema", "export")
+VERBS = ("demo", "tokenizer", "train", "show", "data", "schema", "export")
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,19 @@ def test_steps_follow_from_tokens(root: Path) -> None:
     assert (cosine["warmup_steps"], cosine["decay_steps"]) == (2, 23)
 
 
+def test_stages_and_skipped_positions_are_shown(root: Path) -> None:
+    assert "skipped_positions" not in numbers(loaded(root))
+    recipe = loaded(root)
+    name = recipe.recipe.data.mixture[0].name
+    changed = loaded(
+        root, "data.skip=[[3, 9], [20, 21]]", f"data.stages=[{{from_tokens: 20480, weights: {{{name}: 1}}}}]"
+    )
+    found = numbers(changed)
+    assert found["skipped_positions"] == 7
+    assert found["stage_1_step"] == 9  # 20,480 / 2,048 is 10, and 7 of these 80 positions take no step
+    assert "skipped_positions" in as_text(changed, derived_numbers(changed.recipe))
+
+
 def test_sizes_follow_from_the_tokenizer(root: Path) -> None:
     found = numbers(loaded(root))
     assert found["vocab_size"] == 4096

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from lmssl.data.remote import RemotePath
 from lmssl.errors import DataError
 
 COMPRESSED = (".gz", ".zst")
@@ -22,20 +23,40 @@ _MAX_WINDOW_BYTES = 1 << 31  # --long=31, the most that zstd's command line tool
 
 def open_bytes(path: str) -> BinaryIO:
     """Open a file for reading, decompressed; the end of every zstd frame is verified."""
+    file = open_stored(path)
     if path.endswith(".gz"):
-        if os.path.getsize(path) == 0:
-            raise EOFError("the file is empty")
-        return io.BufferedReader(gzip.open(path), _BUFFER_BYTES)
+        return io.BufferedReader(_GzipFile(file), _BUFFER_BYTES)
     if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(path), _BUFFER_BYTES)
-    return open(path, "rb", buffering=_BUFFER_BYTES)
+        return io.BufferedReader(_ZstdFile(file), _BUFFER_BYTES)
+    return file
+
+
+def open_stored(path: str) -> BinaryIO:
+    """Open a file for reading as it is stored; a remote one is downloaded first."""
+    return path.files.open(path) if isinstance(path, RemotePath) else open(path, "rb", buffering=_BUFFER_BYTES)
+
+
+class _GzipFile(gzip.GzipFile):
+    """A gzip file that closes what it reads and refuses to be empty."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._file = file
+        if not os.fstat(file.fileno()).st_size:
+            self.close()
+            raise EOFError("the file is empty")
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        self._file.close()
 
 
 class _ZstdFile(io.RawIOBase):
     """A zstd file as a stream; unlike zstandard's own reader it refuses a file that ends inside a frame."""
 
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 - closed with the stream
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._frame: Any = None
         self._ready = b""
         self._started = False
@@ -82,8 +103,11 @@ def expansion(path: str) -> float:
     Raises:
         DataError: it is not in the format that its name says.
     """
-    with open(path, "rb") as file:
-        compressed = file.read(_BUFFER_BYTES)
+    if isinstance(path, RemotePath):
+        compressed = path.files.read_start(path, _BUFFER_BYTES)
+    else:
+        with open(path, "rb") as file:
+            compressed = file.read(_BUFFER_BYTES)
     rest, num_bytes = compressed, 0
     try:
         while rest:

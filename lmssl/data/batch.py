@@ -23,7 +23,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lmssl.data.cache import Cancelled
-from lmssl.data.stream import SequenceStream, ValidationSplit
+from lmssl.data.order import kept_position
+from lmssl.data.stream import SequenceStream
+from lmssl.data.validation import ValidationSplit
 from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan
 from lmssl.errors import DataError, LmsslError
 
@@ -91,6 +93,7 @@ def training_batches(
 ) -> Iterator[list[T]]:
     """The micro-batches of this rank, one list per step, from `start_step` on for `num_steps` steps.
 
+    Step s reads the kept positions from s x `batch_sequences` on, those outside the recipe's `data.skip`.
     `prepare` runs in the loader worker and must be picklable for `workers > 0`. Close the iterator to stop early.
 
     Raises:
@@ -101,7 +104,7 @@ def training_batches(
 
     def requests() -> Iterator[_Request]:
         for step in range(start_step, start_step + num_steps):
-            ahead.want(step * batch_sequences)
+            ahead.want(kept_position(step * batch_sequences, stream.section.skip))
             for number in range(per_step):
                 rows = rank_rows(number, batch_sequences, micro_batch_sequences, world_size, rank)
                 yield _request(stream, step * batch_sequences, rows)
@@ -173,8 +176,9 @@ def _request(stream: SequenceStream, first: int, rows: list[int | None]) -> _Req
         if row is None:
             found.append(None)
             continue
-        address, plan = stream.locate(first + row)
-        found.append((first + row, plans.setdefault(plan, len(plans)), address.index))
+        position = kept_position(first + row, stream.section.skip)
+        address, plan = stream.locate(position)
+        found.append((position, plans.setdefault(plan, len(plans)), address.index))
     return _Request(tuple(found), tuple(plans))
 
 

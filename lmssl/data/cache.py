@@ -16,18 +16,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lmssl.data.columns import store_array
 from lmssl.data.corpus import ChunkText, Document, Unit, read_chunks
-from lmssl.data.records import BadRecord
+from lmssl.data.records import BadRecord, TokenFormat
+from lmssl.data.token_files import copy_documents, mapped, read_documents
 from lmssl.errors import DataError
 from lmssl.tokenizer.encode import Encoder
 from lmssl.tokenizer.load import Tokenizer
+
+if TYPE_CHECKING:
+    from lmssl.data.overlaps import EvaluationText
 
 DOCUMENT_FIELDS = np.dtype(
     [
@@ -77,11 +82,11 @@ class Chunk:
 
     def tokens(self) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Ids of all documents, shape [tokens]."""
-        return _mapped(self.path / "tokens.ds", np.dtype(self.meta.dtype), self.meta.num_tokens)
+        return mapped(self.path / "tokens.ds", np.dtype(self.meta.dtype), self.meta.num_tokens)
 
     def ends(self) -> npt.NDArray[np.uint64]:
         """Where each document ends in `tokens`, shape [documents]."""
-        return _mapped(self.path / "tokens.ds.index", np.dtype("<u8"), self.meta.num_documents)
+        return mapped(self.path / "tokens.ds.index", np.dtype("<u8"), self.meta.num_documents)
 
     def documents(self) -> npt.NDArray[Any]:
         """Rows of `DOCUMENT_FIELDS`, shape [documents]."""
@@ -104,12 +109,16 @@ class ChunkCache:
         max_bad_records: int,
         report: Callable[[str], None],
         cancelled: Callable[[], bool],
+        evaluation: EvaluationText | None = None,
     ) -> None:
         self._root = root
         self._tokenizer = tokenizer
         self._max_bad_records = max_bad_records
         self._report = report
         self._cancelled = cancelled
+        self._evaluation = evaluation
+        self.num_built = 0
+        """Chunks that this object wrote."""
         self._encoder: Encoder | None = None
         self._verified: set[str] = set()
         self._one_at_a_time = threading.Lock()  # encoder and open units serve one thread
@@ -125,17 +134,41 @@ class ChunkCache:
         """
         name = self._name(unit, index)
         found = self._open(name)
-        if found is not None:
+        if found is not None and self._is_marked(found, unit):
             return found
         try:
             with self._one_at_a_time, self._lock(name):
                 found = self._open(name)  # another process may have built it meanwhile
-                return found if found is not None else self._build(name, unit, index)
+                if found is None:
+                    return self._build(name, unit, index)
+                return found if self._is_marked(found, unit) else self._mark(found, unit, self._text(unit, index))
+        except OSError as error:
+            raise _unwritable(self._root, error) from error
+
+    def peek(self, unit: Unit, index: int) -> Chunk | None:
+        """The index-th chunk of a unit if nothing is missing of it on disk; its content is not verified."""
+        found = read_chunk(self._path(self._name(unit, index)))
+        return found if found is not None and self._is_marked(found, unit) else None
+
+    def duplicates_path(self, name: str) -> Path:
+        """Where the duplicates of a window are kept."""
+        return self._root / "duplicates" / name[:2] / f"{name}.npy"
+
+    def store(self, path: Path, values: npt.NDArray[Any]) -> None:
+        """Write a small array into the cache.
+
+        Raises:
+            DataError: the cache cannot be written.
+        """
+        try:
+            store_array(path, values)
         except OSError as error:
             raise _unwritable(self._root, error) from error
 
     def _name(self, unit: Unit, index: int) -> str:
         what = [_FORMAT, self._tokenizer.fingerprint, astuple(unit.form), unit.chunk_bytes, index]
+        if isinstance(unit.form, TokenFormat):
+            what.append(self._tokenizer.eos_id)  # which the fingerprint does not cover
         key = json.dumps([what, [astuple(part) for part in unit.parts]])
         return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
@@ -153,6 +186,16 @@ class ChunkCache:
             return chunk
         return None
 
+    def _is_marked(self, chunk: Chunk, unit: Unit) -> bool:
+        """Whether it is known which documents overlap the evaluation text; ready-made tokens never do."""
+        evaluation = self._evaluation
+        return evaluation is None or isinstance(unit.form, TokenFormat) or evaluation.is_marked(chunk)
+
+    def _mark(self, chunk: Chunk, unit: Unit, text: ChunkText) -> Chunk:
+        if self._evaluation is not None and not isinstance(unit.form, TokenFormat):
+            self._evaluation.mark(chunk, unit.corpus, text.documents, self._check_cancelled)
+        return chunk
+
     def _build(self, name: str, unit: Unit, index: int) -> Chunk:
         text = self._text(unit, index)
         target = self._path(name)
@@ -161,7 +204,8 @@ class ChunkCache:
         building = target.parent / f".tmp-{name}-{uuid.uuid4().hex}"
         building.mkdir(parents=True)
         try:
-            self._write(building, unit, text)
+            write = self._copy if isinstance(unit.form, TokenFormat) else self._write
+            write(building, unit, text)
             if target.exists():
                 self._report(f"cached chunk {target} is damaged; building it again")
                 shutil.rmtree(target)
@@ -170,12 +214,15 @@ class ChunkCache:
             shutil.rmtree(building, ignore_errors=True)
             raise
         self._verified.add(name)
+        self.num_built += 1
         chunk = read_chunk(target)
         assert chunk is not None
-        return chunk
+        return self._mark(chunk, unit, text)
 
     def _text(self, unit: Unit, index: int) -> ChunkText:
-        """Read on where the last chunk of the unit ended, or from its start."""
+        """Read on where the last chunk of the unit ended, or from its start; ready-made tokens have no text."""
+        if isinstance(unit.form, TokenFormat):
+            return ChunkText([], [], 0, is_last=True)
         at, chunks = self._reading.pop(unit, (0, None))
         if chunks is None or at > index:
             at, chunks = 0, read_chunks(unit, max_bad_records=self._max_bad_records)
@@ -193,8 +240,7 @@ class ChunkCache:
         )
 
     def _write(self, folder: Path, unit: Unit, text: ChunkText) -> None:
-        dtype = np.dtype("<u2" if self._tokenizer.num_tokens <= 1 << 16 else "<u4")
-        counts = []
+        dtype, counts = self._dtype, []
         with (folder / "tokens.ds").open("wb") as file:
             for batch in _batches(text.documents):
                 self._check_cancelled()
@@ -202,19 +248,40 @@ class ChunkCache:
                 file.write(ids.astype(dtype).tobytes())
                 counts.append(np.diff(ends, prepend=0))
         ends = np.cumsum(np.concatenate(counts)) if counts else np.empty(0, np.int64)
+        self._finish(folder, unit, text, ends, _rows(text.documents))
+
+    def _copy(self, folder: Path, unit: Unit, text: ChunkText) -> None:
+        """A chunk of ready-made tokens; how many bytes their text had is not known, and 0 stands for that."""
+        tokenizer = self._tokenizer
+        with (folder / "tokens.ds").open("wb") as file:
+            made = (read_documents(unit.form, part, tokenizer.num_tokens, tokenizer.eos_id) for part in unit.parts)
+            copied = copy_documents(made, file, self._dtype, self._check_cancelled)
+        rows = np.zeros(len(copied.ends), DOCUMENT_FIELDS)
+        rows["text_hash"], rows["part"], rows["record"] = copied.hashes, copied.parts, copied.numbers
+        rows["start"] = rows["record"]
+        self._finish(folder, unit, replace(text, num_empty=copied.num_empty), copied.ends, rows)
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype("<u2" if self._tokenizer.num_tokens <= 1 << 16 else "<u4")
+
+    def _finish(
+        self, folder: Path, unit: Unit, text: ChunkText, ends: npt.NDArray[np.int64], rows: npt.NDArray[Any]
+    ) -> None:
+        """Everything behind the tokens; `meta.json` comes last."""
         (folder / "tokens.ds.index").write_bytes(ends.astype("<u8").tobytes())
-        np.save(folder / "documents.npy", _rows(text.documents))
+        np.save(folder / "documents.npy", rows)
         if text.bad:
             (folder / "bad.jsonl").write_text(_bad_lines(unit, text), encoding="utf-8")
         meta = ChunkMeta(
             format=_FORMAT,
-            num_documents=len(text.documents),
+            num_documents=len(rows),
             num_tokens=int(ends[-1]) if len(ends) else 0,
-            num_bytes=sum(document.num_bytes for document in text.documents),
+            num_bytes=int(rows["num_bytes"].sum()),
             num_bad=len(text.bad),
             num_empty=text.num_empty,
             is_last=text.is_last,
-            dtype=dtype.str,
+            dtype=self._dtype.str,
             checksum=_checksum(folder),
             fingerprint=self._tokenizer.fingerprint,
             sources=tuple(part.path for part in unit.parts),
@@ -316,12 +383,6 @@ def _checksum(folder: Path) -> str:
         except FileNotFoundError:
             return "missing"
     return digest.hexdigest()
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    if not count:
-        return np.empty(0, dtype)  # an empty file cannot be mapped
-    return np.asarray(np.memmap(path, dtype, "r", shape=(count,)))  # plain arrays slice faster
 
 
 def _unwritable(root: Path, error: OSError) -> DataError:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from lmssl.data.order import permutation
 from lmssl.data.readers import read_part
 from lmssl.data.records import BadRecord, Item, Record, wrong_field
+from lmssl.data.token_files import tokenizer_name
 from lmssl.data.units import Unit, empty_corpus, list_units
 from lmssl.errors import DataError
 from lmssl.recipe.data import AnyCorpus
@@ -23,6 +24,7 @@ __all__ = [
     "mixture_weights",
     "read_chunks",
     "read_texts",
+    "source_notes",
     "too_many_bad",
 ]
 
@@ -129,7 +131,10 @@ def mixture_weights(corpora: Sequence[AnyCorpus], units: Sequence[Sequence[Unit]
     """
     weights: list[float | int] = []
     for corpus, listed in zip(corpora, units, strict=True):
-        weight = corpus.weight if corpus.weight is not None else sum(unit.num_bytes for unit in listed)
+        if corpus.weight is not None:
+            weights.append(corpus.weight)
+            continue
+        weight = sum(unit.num_bytes for unit in listed)
         if not weight and len(corpora) > 1:
             raise DataError(
                 "the corpus has no weight, and its size is not known in advance",
@@ -153,6 +158,18 @@ def check_first_record(units: Sequence[Unit]) -> None:
     if isinstance(first, BadRecord) and first.fields is not None:
         where = f"corpus {unit.corpus!r}, {unit.parts[number].path}, first record"
         raise wrong_field(unit.form.field, first.fields, where, first.reason)
+
+
+def source_notes(units: Sequence[Unit]) -> Iterator[str]:
+    """Lines worth knowing about a corpus before it is read: which tokenizers made its ready-made tokens."""
+    if units[0].form.kind != "tokens":
+        return
+    paths = {part.path for unit in units for part in unit.parts}
+    if names := sorted({name for name in map(tokenizer_name, paths) if name is not None}):
+        yield (
+            f"corpus {units[0].corpus!r} was tokenized with {', '.join(names)}; that its ids mean the same to the "
+            "run's tokenizer cannot be checked"
+        )
 
 
 def too_many_bad(corpus: str, path: str, first: BadRecord, allowed: int) -> DataError:

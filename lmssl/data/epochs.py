@@ -6,11 +6,19 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from lmssl.data.cache import Chunk, ChunkCache, bad_records
+from lmssl.data.columns import stored_array
 from lmssl.data.corpus import Unit, too_many_bad
+from lmssl.data.filters import SeenTexts, duplicates_name, window_duplicates
 from lmssl.data.ledger import Ledger, LedgerEntry
-from lmssl.data.order import permutation
+from lmssl.data.order import IntArray, permutation
+from lmssl.data.records import BadRecord
 from lmssl.data.units import empty_corpus
 from lmssl.data.window import Layout, Window, WindowPlan
 from lmssl.errors import DataError
@@ -41,6 +49,10 @@ class Epochs:
         self._window_chunks = window_chunks
         self._max_bad_records = max_bad_records
         self._plans: OrderedDict[int, WindowPlan] = OrderedDict()
+        self._seen: tuple[int, SeenTexts] = 0, SeenTexts()
+        """A window, and the texts of its epoch before it."""
+        self._sizes: tuple[int, IntArray, npt.NDArray[np.float64], float] | None = None
+        """Of the epoch asked about last: the order of units, bytes before each, bytes of all."""
         self._building = threading.RLock()
 
     def find(self, k: int) -> tuple[int, int]:
@@ -74,16 +86,8 @@ class Epochs:
         if plan is not None:
             return plan
         with self._building:
-            entry = self.entry(number)
-            chunks, _ = self._take(entry.epoch, self._start(number), entry.num_chunks)
-            if _checksum(chunks) != entry.checksum:
-                sources = sorted({path for chunk in chunks for path in chunk.meta.sources})
-                raise DataError(
-                    f"the text of corpus {self.corpus!r} changed since the run's last checkpoint",
-                    where=", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else ""),
-                    remedy="restore these files, or start a new run",
-                )
-            return self._remember(number, self._plan_of(entry.epoch, entry.window, chunks))
+            entry, chunks = self.entry(number), self._known_chunks(number)
+            return self._remember(number, self._plan_of(number, entry.epoch, entry.window, chunks))
 
     def extend(self) -> None:
         """Build the next window and enter it.
@@ -97,7 +101,7 @@ class Epochs:
             # The first windows are small, so that training starts soon.
             limit = self._window_chunks if epoch else min(self._window_chunks, 1 << min(window, 30))
             chunks, place = self._take(epoch, self._start(number), limit)
-            built = Window(self._plan_of(epoch, window, chunks), self._layout)
+            built = Window(self._plan_of(number, epoch, window, chunks), self._layout)
             entry = LedgerEntry(
                 corpus=self.corpus,
                 epoch=epoch,
@@ -114,10 +118,71 @@ class Epochs:
                 num_padding=built.packing.num_padding,
                 num_cut_documents=built.packing.num_cut_documents,
                 num_bad=sum(chunk.meta.num_bad for chunk in chunks),
+                **asdict(built.dropped),
             )
             self._check(entry, chunks)
             self._remember(number, built.plan)
             self._ledger.append(entry)
+
+    def bad_records(self, number: int) -> list[tuple[str, BadRecord]]:
+        """Unreadable records of a window of the ledger, each with its file."""
+        if not self.entry(number).num_bad:
+            return []
+        return [found for chunk in self._known_chunks(number) for found in bad_records(chunk)]
+
+    def passed(self, k: int) -> float:
+        """Epochs that the first k sequences are.
+
+        Whole epochs are exact. Inside one it is the share of the corpus's bytes up to there, from the sizes of its
+        units, and so a function of k alone, however far windows are built.
+        """
+        if not k:
+            return 0.0
+        number, index = self.find(k - 1)
+        entry = self.entry(number)
+        begin = self._share(entry.epoch, self._start(number))
+        end = 1.0 if entry.ends_epoch else self._share(entry.epoch, (entry.next_unit, entry.next_chunk))
+        return entry.epoch + begin + (end - begin) * (index + 1) / entry.num_sequences
+
+    def estimate_sequences(self) -> int:
+        """Sequences of an epoch: of its first chunk, in proportion to bytes; exact where one window is all.
+
+        Raises:
+            DataError: the size of the corpus is not known in advance.
+        """
+        number, found = 0, 0.0
+        while True:
+            entry = self.ensure(number)
+            if entry.ends_epoch:
+                return sum(entry.num_sequences for entry in self._ledger.entries(self.corpus)[: number + 1])
+            # Full sequences; the last one of a small window is not, except where each document takes its own.
+            alone = self._layout.packing == "none"
+            found += entry.num_sequences if alone else entry.num_tokens / self._layout.sequence_length
+            if found:
+                break
+            number += 1
+        if not any(unit.num_bytes for unit in self.units):
+            raise DataError(
+                "the corpus has max_epochs, and its size is not known in advance",
+                where=f"data.mixture, corpus {self.corpus!r}",
+                remedy="set its max_epochs: null and give it a weight that suits its size",
+            )
+        return max(1, round(found / self._share(0, (entry.next_unit, entry.next_chunk))))
+
+    def _share(self, epoch: int, place: Place) -> float:
+        """Share of the corpus's bytes before a place of an epoch; of its units where sizes are unknown."""
+        rank, chunk = place
+        if self._sizes is None or self._sizes[0] != epoch:
+            order = permutation(len(self.units), self._layout.seed, "units", self.corpus, epoch)
+            sizes = np.array([unit.num_bytes for unit in self.units], dtype=np.float64)
+            sizes = sizes[order] if sizes.any() else np.ones(len(order))
+            self._sizes = epoch, order, np.cumsum(sizes) - sizes, float(sizes.sum())
+        _, order, before, total = self._sizes
+        if rank == len(order):
+            return 1.0
+        unit = self.units[order[rank]]
+        inside = min(chunk * (unit.chunk_bytes or 0), unit.num_bytes)
+        return float(before[rank] + inside) / total
 
     def chunks(self, purpose: str) -> Iterator[Chunk]:
         """All chunks, units in a seeded order of their own."""
@@ -151,8 +216,45 @@ class Epochs:
             rank, index = (rank + 1, 0) if chunk.meta.is_last else (rank, index + 1)
         return chunks, (rank, index)
 
-    def _plan_of(self, epoch: int, window: int, chunks: Sequence[Chunk]) -> WindowPlan:
-        return WindowPlan(self.corpus, epoch, window, tuple(chunk.path for chunk in chunks))
+    def _known_chunks(self, number: int) -> list[Chunk]:
+        """The chunks of a window of the ledger, if their content is still the same."""
+        entry = self.entry(number)
+        chunks, _ = self._take(entry.epoch, self._start(number), entry.num_chunks)
+        if _checksum(chunks) != entry.checksum:
+            sources = sorted({path for chunk in chunks for path in chunk.meta.sources})
+            raise DataError(
+                f"the text of corpus {self.corpus!r} changed since the run's last checkpoint",
+                where=", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else ""),
+                remedy="restore these files, or start a new run",
+            )
+        return chunks
+
+    def _plan_of(self, number: int, epoch: int, window: int, chunks: Sequence[Chunk]) -> WindowPlan:
+        paths = tuple(chunk.path for chunk in chunks)
+        if not self._layout.filters.drop_duplicates:
+            return WindowPlan(self.corpus, epoch, window, paths)
+        return WindowPlan(self.corpus, epoch, window, paths, duplicates=self._duplicates(number, window, chunks))
+
+    def _duplicates(self, number: int, window: int, chunks: Sequence[Chunk]) -> Path:
+        """Where it is written which documents of the window came before in its epoch; written if it is not.
+
+        It depends on the epoch's earlier windows, whose checksums therefore name the file; finding it anew takes
+        the documents' hashes of their chunks.
+        """
+        layout, first = self._layout, number - window
+        filters = (layout.filters, layout.seed, layout.held_out_ratio)
+        checksums = [self.entry(earlier).checksum for earlier in range(first, number)] + [_checksum(chunks)]
+        path = self._cache.duplicates_path(duplicates_name(checksums, *filters))
+        if stored_array(path) is None:
+            at, seen = self._seen
+            if not first < at <= number:
+                at, seen = first, SeenTexts()
+            for earlier in range(at, number):
+                window_duplicates(self._known_chunks(earlier), *filters, seen)
+            found = window_duplicates(chunks, *filters, seen)
+            self._seen = number + 1, seen
+            self._cache.store(path, found)
+        return path
 
     def _remember(self, number: int, plan: WindowPlan) -> WindowPlan:
         self._plans[number] = plan
@@ -168,6 +270,12 @@ class Epochs:
         if entry.ends_epoch and not any(window.num_sequences for window in windows):
             if not any(chunk.meta.num_documents for chunk in self.chunks("validation")):
                 raise empty_corpus(self.corpus)
+            if any(window.num_dropped for window in windows):
+                raise DataError(
+                    "data.filters drops every document of the corpus that is not held out",
+                    where=f"data.mixture, corpus {self.corpus!r}",
+                    remedy="relax data.filters, or add text",
+                )
             raise DataError(
                 "every document of the corpus is held out for validation",
                 where=f"data.mixture, corpus {self.corpus!r}",

@@ -10,7 +10,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,19 @@ class LedgerEntry:
     num_padding: int
     num_cut_documents: int
     num_bad: int
+    num_dropped_short: int = 0
+    num_dropped_long: int = 0
+    num_dropped_duplicates: int = 0
+    num_dropped_overlaps: int = 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Training documents that filters left out."""
+        return self.num_dropped_short + self.num_dropped_long + self.num_dropped_duplicates + self.num_dropped_overlaps
+
+
+_FIELDS = {field.name: field.default is MISSING for field in fields(LedgerEntry)}
+"""Names of an entry's fields, and whether every ledger has them; ledgers of earlier versions lack the others."""
 
 
 class Ledger:
@@ -108,7 +121,7 @@ class Ledger:
                 raise ValueError(f"its format is {first['format']}, this version reads {_FORMAT}")
             ledger = cls([Stage.from_json(stage) for stage in first["stages"]], first["settings"])
             for line in lines:
-                ledger.append(LedgerEntry(**{field.name: line[field.name] for field in fields(LedgerEntry)}))
+                ledger.append(LedgerEntry(**{name: line[name] for name in _FIELDS if name in line or _FIELDS[name]}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the ledger cannot be read: {error}", where=str(path), remedy="continue from an older checkpoint"

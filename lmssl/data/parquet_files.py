@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import pyarrow
 from pyarrow import parquet
 
+from lmssl.data.archive import open_stored
 from lmssl.data.records import Format, Item, Part, arrow_records, file_version, unreadable, wrong_field
+from lmssl.data.remote import RemotePath
 from lmssl.errors import DataError
 
 
@@ -35,6 +38,17 @@ def list_row_groups(path: str, field: str) -> list[tuple[Part, int]]:
     return found
 
 
+def row_starts(path: str) -> list[int]:
+    """The first row of each row group of a file.
+
+    Raises:
+        DataError: the file is corrupt.
+    """
+    with _open(path) as file:
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return list(accumulate(counts, initial=0))[:-1]
+
+
 def read_rows(form: Format, part: Part) -> Iterator[Item]:
     """Records of some row groups; `start` is a row of the file.
 
@@ -51,8 +65,9 @@ def read_rows(form: Format, part: Part) -> Iterator[Item]:
 @contextmanager
 def _open(path: str) -> Iterator[Any]:
     try:
-        with parquet.ParquetFile(path) as file:
-            yield file
+        with ExitStack() as opened:
+            source = opened.enter_context(open_stored(path)) if isinstance(path, RemotePath) else path
+            yield opened.enter_context(parquet.ParquetFile(source))
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise DataError(

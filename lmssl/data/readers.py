@@ -13,8 +13,10 @@ from typing import BinaryIO
 from lmssl.data import hf_datasets, parquet_files, python_docs
 from lmssl.data.archive import ARCHIVE_ERRORS, broken_archive, open_bytes
 from lmssl.data.records import BadRecord, Format, Item, Part, Record, changed, checked, file_version, unreadable
+from lmssl.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+_PIECE_BYTES = 1 << 20
 
 
 def read_part(form: Format, part: Part) -> Iterator[Item]:
@@ -26,6 +28,12 @@ def read_part(form: Format, part: Part) -> Iterator[Item]:
     if form.kind == "datasets":
         yield from hf_datasets.read_rows(form, part)
         return
+    if form.kind == "tokens":
+        raise DataError(
+            "the corpus holds tokens, and text is needed here",
+            where=part.path,
+            remedy="name the corpus that the tokens were made from",
+        )
     if file_version(part.path) != part.version:
         raise changed(part.path)
     try:
@@ -49,17 +57,34 @@ def _read_file(form: Format, part: Part) -> Iterator[Item]:
                 yield from _read_text(file, part, form.document)
 
 
-def _lines(file: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
-    """(byte start, line) of the lines that start in the part; the byte order mark is dropped."""
-    position = 0
-    if part.start:
-        file.seek(part.start - 1)
-        position = part.start - 1 + len(file.readline())
+def _lines(file: BinaryIO, part: Part, *, go_on: bool = False) -> Iterator[tuple[int, bytes]]:
+    """(byte start, line) of the lines that start in the part; the byte order mark is dropped.
+
+    `go_on`: if one does, also of all that follow the part.
+    """
+    position = _first_line(file, part)
+    if position is None:
+        return
     for line in file:
-        if part.stop is not None and position >= part.stop:
+        if part.stop is not None and position >= part.stop and not go_on:
             return
         yield position, line.removeprefix(_BOM) if position == 0 else line
         position += len(line)
+
+
+def _first_line(file: BinaryIO, part: Part) -> int | None:
+    """Go to the first line that starts in the part; never farther, because a line may be as long as the file."""
+    if not part.start:
+        return 0
+    position = part.start - 1
+    file.seek(position)
+    while part.stop is None or position < part.stop:
+        left = _PIECE_BYTES if part.stop is None else min(_PIECE_BYTES, part.stop - position)
+        piece = file.readline(left)
+        position += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            return position
+    return None
 
 
 def _read_text(file: BinaryIO, part: Part, document: str | None) -> Iterator[Item]:
@@ -83,7 +108,9 @@ def _read_text(file: BinaryIO, part: Part, document: str | None) -> Iterator[Ite
 def _paragraphs(file: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
     """(byte start, text) of paragraphs, each with the blank line before it, which decides the part it belongs to."""
     start, held, begun = 0, [], part.start == 0  # type: tuple[int, list[bytes], bool]
-    for position, line in _lines(file, Part(part.path, part.version, part.start)):
+    for position, line in _lines(file, part, go_on=True):
+        if part.stop is not None and position >= part.stop and not begun:
+            return  # no paragraph of the part is open, and none begins here
         if not line.strip():
             if begun and held:
                 yield start, b"".join(held)

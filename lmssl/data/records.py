@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lmssl.data.remote import RemotePath
 from lmssl.errors import DataError
 
 
@@ -15,7 +16,7 @@ from lmssl.errors import DataError
 class Format:
     """How the bytes of a corpus become documents."""
 
-    kind: Literal["text", "jsonl", "parquet", "datasets", "python_docs"]
+    kind: Literal["text", "jsonl", "parquet", "datasets", "python_docs", "tokens"]
     field: str = ""
     """Name of the text field, where there are fields."""
     document: Literal["file", "line", "paragraph"] | None = None
@@ -26,8 +27,16 @@ class Format:
 
 
 @dataclass(frozen=True)
+class TokenFormat(Format):
+    """How files of ready-made tokens become documents."""
+
+    ends_with_eos: bool | Literal["auto"] = "auto"
+    """Whether each document ends with an eos token, which is taken off; `auto`: where it does."""
+
+
+@dataclass(frozen=True)
 class Part:
-    """A range of one source: bytes of a text file, row groups of a parquet file, rows of a dataset."""
+    """A range of one source: bytes of a text file, row groups of a parquet file, rows of a dataset, documents."""
 
     path: str
     version: str
@@ -63,11 +72,13 @@ Item = Record | BadRecord
 
 
 def file_version(path: str) -> str:
-    """Size and modification time of a file.
+    """Size and modification time of a file; of a remote one what it had when it was listed.
 
     Raises:
         DataError: it cannot be examined.
     """
+    if isinstance(path, RemotePath):
+        return path.version
     try:
         status = os.stat(path)
     except OSError as error:

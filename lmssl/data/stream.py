@@ -1,4 +1,4 @@
-"""Position -> sequence, and the validation split."""
+"""Position -> sequence, and the text for evaluation."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lmssl.data.cache import ChunkCache
-from lmssl.data.corpus import Unit, check_first_record, list_units, mixture_weights
+from lmssl.data.corpus import Unit, check_first_record, list_units, mixture_weights, source_notes
 from lmssl.data.epochs import Epochs
-from lmssl.data.ledger import Ledger
-from lmssl.data.order import Order, Stage, integer_shares
+from lmssl.data.ledger import Ledger, LedgerEntry
+from lmssl.data.order import Order, Stage
+from lmssl.data.overlaps import EvaluationText, read_evaluation_text
+from lmssl.data.records import BadRecord
+from lmssl.data.remote import RemoteFiles
+from lmssl.data.stages import STAGES, begun_stages, plan_stages, stages_setting
+from lmssl.data.token_files import without_text
+from lmssl.data.validation import ValidationSplit, find_held_out, find_sets
 from lmssl.data.window import Address, Layout, OpenWindows, Row, Window, WindowPlan
 from lmssl.errors import DataError
-from lmssl.recipe.data import DataSection
+from lmssl.recipe.data import AnyCorpus, DataSection, TokensCorpus
 from lmssl.tokenizer.load import Tokenizer
 
 _OPEN_WINDOWS = 8
@@ -37,38 +44,16 @@ class Totals:
     num_padding: int
     num_cut_documents: int
     num_bad_records: int
+    num_dropped_short: int = 0
+    """Training documents that filters left out, in every epoch anew; by reason."""
+    num_dropped_long: int = 0
+    num_dropped_duplicates: int = 0
+    num_dropped_overlaps: int = 0
 
     @property
     def padding_ratio(self) -> float:
         """Padding / all tokens."""
         return self.num_padding / max(1, self.num_padding + self.num_tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class ValidationSplit:
-    """Sequences of one corpus's held-out documents."""
-
-    corpus: str
-    window: Window
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences."""
-        return self.window.num_sequences
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, special tokens included, padding not."""
-        return self.window.num_tokens
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of text."""
-        return self.window.num_bytes
-
-    def sequence(self, index: int) -> Row:
-        """The index-th sequence."""
-        return self.window.gather(index)
 
 
 class SequenceStream:
@@ -83,6 +68,7 @@ class SequenceStream:
         ledger: Ledger,
         report: Callable[[str], None],
         cancel: threading.Event,
+        sets: Sequence[Epochs] = (),
     ) -> None:
         self.section = section
         self.layout = layout
@@ -93,7 +79,9 @@ class SequenceStream:
         """While set, building in any thread stops early with `Cancelled`."""
         self._epochs = {epoch.corpus: epoch for epoch in epochs}
         self._windows = OpenWindows(layout, _OPEN_WINDOWS)
+        self._sets = tuple(sets)
         self._validation: tuple[ValidationSplit, ...] | None = None
+        self._found_sets: tuple[ValidationSplit, ...] | None = None
 
     @classmethod
     def open(
@@ -104,27 +92,35 @@ class SequenceStream:
         cache_dir: Path,
         ledger: Ledger | None = None,
         report: Callable[[str], None] | None = None,
+        *,
+        num_positions: int | None = None,
+        batch_sequences: int = 1,
+        read_positions: int | None = None,
     ) -> SequenceStream:
-        """List the corpora and look at their first records; no text is tokenized yet.
+        """List the corpora, look at their first records, and tokenize nothing but for `max_epochs` a first chunk.
 
-        `ledger` continues the order of a checkpoint; `report` receives one line per event worth knowing.
+        Args:
+            ledger: continues the order of a checkpoint.
+            report: receives one line per event worth knowing.
+            num_positions: positions of the run; None: `max_epochs` is not applied.
+            batch_sequences: positions of one step.
+            read_positions: the ledger's run has read none from there on; stages that begin there may differ.
 
         Raises:
-            DataError: a corpus cannot be listed, the cache cannot be written, a special token is missing, or a
-                setting that decides the order is not what it was when the ledger was written.
+            DataError: a corpus or evaluation text cannot be read, the cache cannot be written, a token is missing, the
+                limits of epochs leave too little text, or a setting that decides the order is not the ledger's.
         """
         say = report if report is not None else _silent
-        layout = Layout.of(section, tokenizer, seed)
-        units = [list_units(corpus, chunk_bytes=section.chunk_bytes) for corpus in section.mixture]
-        for listed in units:
-            check_first_record(listed)
+        evaluation = evaluation_text(section, say)
+        layout = Layout.of(section, tokenizer, seed, None if evaluation is None else evaluation.column)
+        remote = RemoteFiles(Path(os.path.expanduser(cache_dir)) / "remote", section.remote_cache_bytes)
+        units = _list_units(section.mixture, section, remote)
+        for line in chain.from_iterable(map(source_notes, units)):
+            say(line)
         settings = _settings(section, layout, tokenizer, units)
-        if ledger is None:
-            shares = integer_shares(mixture_weights(section.mixture, units))
-            names = tuple(corpus.name for corpus in section.mixture)
-            ledger = Ledger([Stage(0, names, shares, section.block_sequences, (0,) * len(names))], settings)
-        else:
-            _refuse_changes(ledger.settings, settings)
+        begun = () if ledger is None else _continued(ledger, settings, section, read_positions)
+        ledger = ledger or Ledger((), settings)
+        ledger.settings = settings
         cancel = threading.Event()
         cache = ChunkCache(
             Path(os.path.expanduser(cache_dir)),
@@ -132,19 +128,22 @@ class SequenceStream:
             max_bad_records=section.max_bad_records,
             report=say,
             cancelled=cancel.is_set,
+            evaluation=evaluation,
         )
-        epochs = [
-            Epochs(
-                listed,
-                cache,
-                layout,
-                ledger,
-                window_chunks=section.window_chunks,
-                max_bad_records=section.max_bad_records,
-            )
-            for listed in units
-        ]
-        return cls(section, layout, Order(ledger.stages, seed), epochs, ledger, say, cancel)
+        limits = {"window_chunks": section.window_chunks, "max_bad_records": section.max_bad_records}
+        epochs = {listed[0].corpus: Epochs(listed, cache, layout, ledger, **limits) for listed in units}
+        ledger.stages = plan_stages(
+            section,
+            mixture_weights(section.mixture, units),
+            seed=seed,
+            num_positions=num_positions,
+            batch_sequences=batch_sequences,
+            num_sequences=lambda corpus: epochs[corpus].estimate_sequences(),
+            begun=begun,
+        )
+        set_units = _list_units(_sets(section), section, remote)
+        sets = [Epochs(listed, cache, layout, Ledger((), {}), **limits) for listed in set_units]
+        return cls(section, layout, Order(ledger.stages, seed), [*epochs.values()], ledger, say, cancel, sets)
 
     def address(self, position: int) -> Address:
         """Where the sequence at a position is; windows before it are built if they are not known yet."""
@@ -163,13 +162,33 @@ class SequenceStream:
         address, plan = self.locate(position)
         return self._windows.get(plan).gather(address.index)
 
+    def window_at(self, position: int) -> tuple[Window, int]:
+        """The window that holds the sequence at a position, and the index in it."""
+        address, plan = self.locate(position)
+        return self._windows.get(plan), address.index
+
+    def units(self, corpus: str) -> tuple[Unit, ...]:
+        """What a corpus is read from."""
+        return self._epochs[corpus].units
+
+    def first_epoch(self, corpus: str) -> Iterator[tuple[LedgerEntry, Window]]:
+        """The windows of a corpus's first epoch, built as they are asked for."""
+        epochs, number, ended = self._epochs[corpus], 0, False
+        while not ended:
+            entry = epochs.ensure(number)
+            yield entry, self._windows.get(epochs.plan(number))
+            number, ended = number + 1, entry.ends_epoch
+
     def build_ahead(self, position: int) -> None:
         """Build what follows a position: of each corpus the window in use and the next one.
 
         Raises:
             Cancelled: `cancel` was set meanwhile.
         """
+        in_use = self.order.in_use(position)
         for corpus, k in self.order.counts_before(position).items():
+            if corpus not in in_use:
+                continue
             number, _ = self._epochs[corpus].find(k)
             self._epochs[corpus].ensure(number + 1)
 
@@ -180,7 +199,11 @@ class SequenceStream:
             DataError: one epoch of all corpora holds fewer sequences.
         """
         found = 0
-        for epochs in self._epochs.values():
+        stage = self.order.stages[0]
+        for corpus, share in zip(stage.corpora, stage.shares, strict=True):
+            if not share:
+                continue
+            epochs = self._epochs[corpus]
             number, ended = 0, False
             while not ended and found < batch_sequences:
                 entry = epochs.ensure(number)
@@ -205,7 +228,15 @@ class SequenceStream:
 
     def ledger_at(self, position: int) -> Ledger:
         """The part of the ledger that the first `position` positions need, however far ahead windows are built."""
-        return self.ledger.up_to(self.order.counts_before(position))
+        counts = self.order.counts_before(position)
+        for corpus, count in counts.items():
+            if count:  # other processes may have read what this one has not looked up
+                self._epochs[corpus].find(count - 1)
+        return self.ledger.up_to(counts)
+
+    def epochs_at(self, position: int) -> dict[str, float]:
+        """Epochs of each corpus that the first `position` positions are, skipped ones included."""
+        return {corpus: self._epochs[corpus].passed(k) for corpus, k in self.order.counts_before(position).items()}
 
     def totals(self, position: int | None = None) -> Totals:
         """Counts over the windows that the first `position` positions touch; None: over all known windows."""
@@ -219,7 +250,20 @@ class SequenceStream:
             num_padding=sum(entry.num_padding for entry in entries),
             num_cut_documents=sum(entry.num_cut_documents for entry in entries),
             num_bad_records=sum(entry.num_bad for entry in entries if entry.epoch == 0),
+            num_dropped_short=sum(entry.num_dropped_short for entry in entries),
+            num_dropped_long=sum(entry.num_dropped_long for entry in entries),
+            num_dropped_duplicates=sum(entry.num_dropped_duplicates for entry in entries),
+            num_dropped_overlaps=sum(entry.num_dropped_overlaps for entry in entries),
         )
+
+    def bad_records(self, position: int) -> list[tuple[str, BadRecord]]:
+        """The records that `totals` counts as bad, each with its file."""
+        found = []
+        for corpus, epochs in self._epochs.items():
+            for number, entry in enumerate(self.ledger_at(position).entries(corpus)):
+                if entry.epoch == 0:
+                    found += epochs.bad_records(number)
+        return found
 
     def validation(self) -> tuple[ValidationSplit, ...]:
         """The held-out sequences of each corpus that has some; empty where the recipe wants none.
@@ -233,42 +277,55 @@ class SequenceStream:
         if self.section.validation is None:
             return ()
         if self._validation is None:
-            self._validation = self._find_validation(self.section.validation.tokens)
+            self._validation = find_held_out(
+                list(self._epochs.values()),
+                self.order.stages,
+                self.layout,
+                budget_tokens=self.section.validation.tokens,
+                report=self.report,
+            )
         return self._validation
 
-    def _find_validation(self, budget_tokens: int) -> tuple[ValidationSplit, ...]:
-        stage = self.order.stages[0]
-        splits = []
-        for corpus, share in zip(stage.corpora, stage.shares, strict=True):
-            budget = max(1, -(-budget_tokens * share // sum(stage.shares)))
-            found = ValidationSplit(corpus, self._held_out(corpus, budget))
-            if found.num_sequences:
-                splits.append(found)
-            else:
-                self.report(f"no document of corpus {corpus!r} is held out: evaluation does not cover it")
-        if not splits:
-            raise DataError(
-                f"the validation split is empty: at ratio {self.layout.held_out_ratio} no document is held out",
-                where="data.validation.ratio",
-                remedy="raise the ratio, cut long documents with section_bytes, or set data.validation: null",
-            )
-        return tuple(splits)
+    def validation_sets(self) -> tuple[ValidationSplit, ...]:
+        """The sequences of each of `validation.sets`, up to `validation.tokens` of each.
 
-    def _held_out(self, corpus: str, budget_tokens: int) -> Window:
-        paths: list[Path] = []
-        num_tokens = 0
-        for chunk in self._epochs[corpus].chunks("validation"):
-            found = Window(WindowPlan(corpus, 0, 0, (chunk.path,), budget_tokens), self.layout).num_tokens
-            if found:
-                paths.append(chunk.path)
-                num_tokens += found
-            if num_tokens >= budget_tokens:
-                break
-        return Window(WindowPlan(corpus, 0, 0, tuple(paths), budget_tokens), self.layout)
+        Raises:
+            DataError: a set holds no text.
+        """
+        if self.section.validation is None:
+            return ()
+        if self._found_sets is None:
+            self._found_sets = find_sets(self._sets, self.layout, budget_tokens=self.section.validation.tokens)
+        return self._found_sets
+
+
+def _sets(section: DataSection) -> tuple[AnyCorpus, ...]:
+    return section.validation.sets if section.validation is not None else ()
+
+
+def _list_units(corpora: Sequence[AnyCorpus], section: DataSection, remote: RemoteFiles) -> list[tuple[Unit, ...]]:
+    units = [list_units(corpus, chunk_bytes=section.chunk_bytes, remote=remote) for corpus in corpora]
+    for listed in units:
+        check_first_record(listed)
+    return units
 
 
 def _silent(line: str) -> None:
     del line
+
+
+def evaluation_text(section: DataSection, report: Callable[[str], None]) -> EvaluationText | None:
+    """The text that training documents must not overlap with; None: the recipe names none.
+
+    Raises:
+        DataError: it cannot be read, or a corpus has no text to compare.
+    """
+    if section.filters.decontaminate is None:
+        return None
+    for corpus in section.mixture:
+        if isinstance(corpus, TokensCorpus):
+            raise without_text(corpus.name)
+    return read_evaluation_text(section.filters.decontaminate, report)
 
 
 def _settings(
@@ -288,6 +345,23 @@ def _settings(
         "data.mixture": [[corpus.name, corpus.weight] for corpus in section.mixture],
         "the tokenizer": tokenizer.fingerprint,
     }
+    # Options that are off are left out: runs that began before there were any continue.
+    if section.align_starts:
+        settings["data.align_starts"] = True
+    if section.fill_in_the_middle is not None:
+        settings["data.fill_in_the_middle"] = section.fill_in_the_middle.model_dump()
+    filters = {"min_tokens": section.filters.min_tokens, "max_tokens": section.filters.max_tokens}
+    filters["drop_duplicates"] = section.filters.drop_duplicates or None
+    settings |= {f"data.filters.{name}": value for name, value in filters.items() if value is not None}
+    if layout.filters.overlap_column is not None:
+        settings["the text of data.filters.decontaminate"] = layout.filters.overlap_column
+    # Entered only where they are used, so that older ledgers stay valid.
+    if section.temperature is not None:
+        settings["data.temperature"] = section.temperature
+    if section.stages:
+        settings[STAGES] = stages_setting(section)
+    if any(corpus.max_epochs is not None for corpus in section.mixture):
+        settings["max_epochs in data.mixture"] = [[corpus.name, corpus.max_epochs] for corpus in section.mixture]
     for listed in units:
         sources = [[os.path.basename(part.path), part.start, part.stop] for unit in listed for part in unit.parts]
         num_bytes = sum(unit.num_bytes for unit in listed)
@@ -296,9 +370,17 @@ def _settings(
     return settings
 
 
+def _continued(
+    ledger: Ledger, settings: Mapping[str, Any], section: DataSection, read_positions: int | None
+) -> tuple[Stage, ...]:
+    """The stages of a ledger that go on as they are."""
+    _refuse_changes(ledger.settings, settings)
+    return begun_stages(ledger, section, read_positions)
+
+
 def _refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name in sorted({*then, *now}):
-        if then.get(name) != now.get(name):
+        if name != STAGES and then.get(name) != now.get(name):
             raise DataError(
                 f"{name} decides the order of the data, and changed since the checkpoint",
                 where=f"{name}: {then.get(name)} then, {now.get(name)} now",

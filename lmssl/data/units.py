@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lmssl.data import hf_datasets, parquet_files, python_docs
+from lmssl.data import hf_datasets, parquet_files, python_docs, token_files
 from lmssl.data.archive import COMPRESSED, expansion
-from lmssl.data.records import Format, Part, file_version
+from lmssl.data.records import Format, Part, TokenFormat, file_version
+from lmssl.data.remote import RemoteFiles, check_scheme, is_remote
 from lmssl.errors import DataError
-from lmssl.recipe.data import AnyCorpus, DatasetsCorpus, ParquetCorpus, PythonDocsCorpus, TextCorpus
+from lmssl.recipe.data import AnyCorpus, DatasetsCorpus, ParquetCorpus, PythonDocsCorpus, TextCorpus, TokensCorpus
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 256 << 10, 64 << 20
 _CHUNKS_PER_CORPUS = 64
 _AUTO_SECTION_BYTES, _AUTO_SECTION_FILES = 65_536, 1_000
 _SAMPLE_FILES = 8
-_ENDINGS = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+_ENDINGS = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tokens": (".ds", ".bin")}
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class _Piece:
     """Its size is a guess or it cannot be cut, so the unit yields as many chunks as it takes."""
 
 
-def list_units(corpus: AnyCorpus, *, chunk_bytes: int | None = None) -> tuple[Unit, ...]:
+def list_units(
+    corpus: AnyCorpus, *, chunk_bytes: int | None = None, remote: RemoteFiles | None = None
+) -> tuple[Unit, ...]:
     """The units of a corpus, in a stable order; `chunk_bytes` None: by corpus size.
 
+    `remote` keeps the downloads of remote corpora; None: there must be none.
+
     Raises:
-        DataError: no such file, a glob or folder that matches nothing, no content, or a field that parquet files
-            or a dataset do not have.
+        DataError: no such file, a glob or folder that matches nothing, no content, a field that parquet files
+            or a dataset do not have, or token files that do not fit their indexes.
     """
     if isinstance(corpus, DatasetsCorpus):
         form = _format(corpus, 1)
@@ -62,12 +67,18 @@ def list_units(corpus: AnyCorpus, *, chunk_bytes: int | None = None) -> tuple[Un
         target = chunk_bytes or default_chunk_bytes(sum(sizes))
         pieces = [_Piece(Part(path, file_version(path)), size, False) for path, size in zip(paths, sizes, strict=True)]
         return _group(corpus.name, _format(corpus, len(paths)), pieces, target)
-    paths = expand_paths(corpus.path, corpus.kind)
+    allow_https = not isinstance(corpus, TokensCorpus) and corpus.allow_https
+    paths = expand_paths(corpus.path, corpus.kind, remote=remote, allow_https=allow_https)
     form = _format(corpus, len(paths))
     if isinstance(corpus, ParquetCorpus):
         groups = [group for path in paths for group in parquet_files.list_row_groups(path, corpus.field)]
         target = chunk_bytes or default_chunk_bytes(sum(num_bytes for _, num_bytes in groups))
         pieces = [_Piece(part, num_bytes, num_bytes > 2 * target) for part, num_bytes in groups]
+    elif isinstance(corpus, TokensCorpus):
+        num_bytes = sum(map(token_files.count_tokens, paths)) * token_files.TEXT_BYTES_PER_TOKEN
+        target = chunk_bytes or default_chunk_bytes(num_bytes)
+        ranges = (found for path in paths for found in token_files.list_ranges(path, lambda size: round(size / target)))
+        pieces = [_Piece(part, size, False) for part, size in ranges]
     else:
         sizes = _text_bytes(paths)
         target = chunk_bytes or default_chunk_bytes(sum(sizes))
@@ -88,14 +99,20 @@ def default_chunk_bytes(num_bytes: int) -> int:
     return min(max(num_bytes // _CHUNKS_PER_CORPUS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
 
 
-def expand_paths(path: str | tuple[str, ...], kind: str) -> list[str]:
-    """Files behind paths, globs and folders, absolute, sorted, each once.
+def expand_paths(
+    path: str | tuple[str, ...], kind: str, *, remote: RemoteFiles | None = None, allow_https: bool = False
+) -> list[str]:
+    """Files behind paths, globs, folders and URLs, absolute, sorted, each once.
 
     Raises:
-        DataError: a path, glob or folder gives no file.
+        DataError: a path, glob or folder gives no file, or a URL cannot be read.
     """
     found: set[str] = set()
     for entry in (path,) if isinstance(path, str) else path:
+        if remote is not None and is_remote(entry) and kind != "tokens":
+            check_scheme(entry, allow_https=allow_https)
+            found.update(remote.list_files(entry, lambda name: _is_wanted(os.path.basename(name), _ENDINGS[kind])))
+            continue
         local = os.path.expanduser(entry)
         if os.path.isdir(local):
             matches = _files_below(local, _ENDINGS[kind])
@@ -104,6 +121,8 @@ def expand_paths(path: str | tuple[str, ...], kind: str) -> list[str]:
             matches, missing = [local], ""
         else:
             matches = [match for match in glob.glob(local, recursive=True) if os.path.isfile(match)]
+            if kind == "tokens":  # a pattern for them easily matches the files that lie beside them
+                matches = [match for match in matches if match.endswith(_ENDINGS[kind])]
             missing = "the pattern matches no file" if glob.has_magic(local) else "there is no such file"
         if not matches:
             remedy = f"check the spelling; relative paths start at {os.getcwd()}"
@@ -124,13 +143,14 @@ def empty_corpus(name: str) -> DataError:
 
 
 def _files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
-    wanted = tuple(ending + packed for ending in endings for packed in ("", *COMPRESSED))
     return [
-        os.path.join(inner, name)
-        for inner, _, names in os.walk(folder)
-        for name in names
-        if name.endswith(wanted) and not name.startswith(".")
+        os.path.join(inner, name) for inner, _, names in os.walk(folder) for name in names if _is_wanted(name, endings)
     ]
+
+
+def _is_wanted(name: str, endings: Sequence[str]) -> bool:
+    wanted = tuple(ending + packed for ending in endings for packed in ("", *COMPRESSED))
+    return name.endswith(wanted) and not name.startswith(".")
 
 
 def _format(corpus: AnyCorpus, num_files: int) -> Format:
@@ -142,6 +162,8 @@ def _format(corpus: AnyCorpus, num_files: int) -> Format:
             few = corpus.document == "file" and num_files < _AUTO_SECTION_FILES
             section_bytes = _AUTO_SECTION_BYTES if few else None
         return Format("text", document=corpus.document, section_bytes=section_bytes)
+    if isinstance(corpus, TokensCorpus):
+        return TokenFormat("tokens", ends_with_eos=corpus.ends_with_eos)
     form = Format(corpus.kind, field=corpus.field, section_bytes=corpus.section_bytes)
     if isinstance(corpus, DatasetsCorpus):
         form = replace(form, config=corpus.config, split=corpus.split, revision=corpus.revision)

@@ -7,7 +7,7 @@ Shapes: T tokens of a sequence.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lmssl.data.cache import Chunk, read_chunk
+from lmssl.data.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle, Middles, document_ids
+from lmssl.data.filters import (
+    Candidates,
+    Dropped,
+    Filters,
+    documents_of,
+    read_duplicates,
+    training_documents,
+)
 from lmssl.data.order import permutation
 from lmssl.data.pack import PACKINGS, Packing
 from lmssl.errors import DataError
@@ -38,14 +47,19 @@ class Layout:
     """Fills what no segment does; never a target."""
     seed: int
     held_out_ratio: float
+    align_starts: bool = False
+    """Inside a sequence, segments that start a document stand before those that do not."""
+    filters: Filters = field(default_factory=Filters)
+    fill_in_the_middle: FillInTheMiddle | None = None
 
     @classmethod
-    def of(cls, section: DataSection, tokenizer: Tokenizer, seed: int) -> Layout:
-        """The layout a recipe asks for.
+    def of(cls, section: DataSection, tokenizer: Tokenizer, seed: int, overlap_column: str | None = None) -> Layout:
+        """The layout a recipe asks for; `overlap_column` is what a cache calls its column of overlaps.
 
         Raises:
             DataError: it asks for a special token that the tokenizer lacks.
         """
+        transform = section.fill_in_the_middle
         for role, wanted, token in (("bos", section.bos, tokenizer.bos_id), ("eos", section.eos, tokenizer.eos_id)):
             if wanted and token is None:
                 raise DataError(
@@ -62,6 +76,9 @@ class Layout:
             pad_id=next(token for token in fillers if token is not None),
             seed=seed,
             held_out_ratio=section.validation.ratio if section.validation else 0.0,
+            align_starts=section.align_starts,
+            filters=Filters.of(section.filters, overlap_column),
+            fill_in_the_middle=FillInTheMiddle.of(transform, tokenizer) if transform else None,
         )
 
 
@@ -86,6 +103,8 @@ class WindowPlan:
     """Left out of the hash, which every row needs; equality compares them."""
     max_held_out_tokens: int | None = None
     """None: the documents that are trained on; else the held-out ones, up to so many tokens."""
+    duplicates: Path | None = field(default=None, hash=False)
+    """Which documents are left out as duplicates, see `filters.read_duplicates`; None: none."""
 
 
 class Row(NamedTuple):
@@ -100,6 +119,24 @@ class Row(NamedTuple):
     """Bytes of its text; of a cut document, in proportion."""
 
 
+class Piece(NamedTuple):
+    """A segment of a sequence and what it holds of which document; bounds in tokens."""
+
+    start: int
+    """Where the segment starts in the sequence."""
+    length: int
+    """Special tokens included."""
+    chunk: int
+    """Index into the window's chunks."""
+    row: int
+    """Index into the chunk's documents."""
+    first: int
+    """Of the document's own tokens, without bos and eos, the segment holds `first` to `stop`.
+
+    Of a document rearranged for filling in the middle it holds some of them, from the first to the last."""
+    stop: int
+
+
 class Window:
     """The packed and shuffled sequences of some chunks."""
 
@@ -108,14 +145,23 @@ class Window:
         self.layout = layout
         self._chunks = [_open(path) for path in plan.chunks]
         self._tokens = [chunk.tokens() for chunk in self._chunks]
+        self.dropped = Dropped()
+        self._middles: Middles | None = None
         self._select()
-        self.packing: Packing = PACKINGS[layout.packing](self._lengths, layout.sequence_length)
+        packing: Packing = PACKINGS[layout.packing](self._lengths, layout.sequence_length)
+        self.packing = packing.with_starts_first() if layout.align_starts else packing
         if plan.max_held_out_tokens is None:
             key = (layout.seed, "sequences", plan.corpus, plan.epoch, plan.window)
             self._sequence_at = permutation(self.packing.num_sequences, *key)
         else:
             self._sequence_at = np.arange(self.packing.num_sequences)
         self._offsets_T = np.arange(layout.sequence_length)
+        self._tabulate()
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The chunks of its plan, opened."""
+        return tuple(self._chunks)
 
     @property
     def num_sequences(self) -> int:
@@ -145,46 +191,122 @@ class Window:
 
     def gather_into(self, index: int, ids_T: IntArray, segments_T: npt.NDArray[np.int32], offsets_T: IntArray) -> float:
         """Write the index-th sequence into three arrays of shape [T]; its bytes of text are returned."""
-        packing, layout, sequence = self.packing, self.layout, self._sequence_at[index]
-        segments = slice(packing.offsets[sequence], packing.offsets[sequence + 1])
-        documents, starts, lengths = packing.documents[segments], packing.starts[segments], packing.lengths[segments]
-        ends, stops = np.cumsum(lengths), starts + lengths
-        begins, used = ends - lengths, int(ends[-1])
-        segments_T[:used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-        offsets_T[:used] = self._offsets_T[:used] - np.repeat(begins, lengths)
+        sequence, layout, tokens, used = self._sequence_at[index], self.layout, self._tokens, 0
+        segments = slice(*self.packing.offsets[sequence : sequence + 2])
+        bos, eos, plain = layout.bos_id, layout.eos_id, self._middles is None
+        # A loop over slices of a few hundred tokens each beats index arrays over the whole sequence.
+        for number, columns in enumerate(self._table[segments].tolist(), 1):
+            begin, end, chunk, first, last, to, has_bos, has_eos = columns
+            segments_T[begin:end] = number
+            offsets_T[begin:end] = self._offsets_T[: end - begin]
+            if plain:
+                ids_T[to : to + last - first] = tokens[chunk][first:last]
+            if has_bos and bos is not None:
+                ids_T[begin] = bos
+            if has_eos and eos is not None:
+                ids_T[end - 1] = eos
+            used = end
+        if self._middles is not None:
+            self._copy_rearranged(self._middles, segments, ids_T)
+        if used < len(ids_T):
+            ids_T[used:] = layout.pad_id
+            segments_T[used:] = 0
+            offsets_T[used:] = 0
+        return float(self._bytes_of[sequence])
+
+    def _tabulate(self) -> None:
+        """Of every segment: its bounds in the sequence, what is copied from where to where, has it bos, has it eos."""
+        packing, layout = self.packing, self.layout
+        documents, starts, lengths = packing.documents, packing.starts, packing.lengths
+        ends = np.cumsum(lengths)
+        before = np.append(0, ends)[packing.offsets[:-1]]
+        ends = ends - np.repeat(before, np.diff(packing.offsets))
         # Tokens of a document count from its bos token, where there is one; the cache holds neither bos nor eos.
         bos = int(layout.bos_id is not None)
         content_ends = bos + self._contents[documents]
-        low, high = np.maximum(starts, bos), np.minimum(stops, content_ends)
+        low, high = np.maximum(starts, bos), np.minimum(starts + lengths, content_ends)
         shift = self._begins[documents] - bos
-        places = (self._chunk_of[documents], shift + low, shift + high, begins + low - starts)
-        for chunk, first, last, to in zip(*(place.tolist() for place in places), strict=True):
+        places = ends - lengths + low - starts
+        columns = (ends - lengths, ends, self._chunk_of[documents], shift + low, shift + high, places)
+        self._table = np.stack([*columns, starts == 0, starts + lengths > content_ends], axis=1)
+        shares = self._num_bytes[documents] * (lengths / self._lengths[documents])
+        self._bytes_of = np.bincount(_sequence_of(packing), shares, packing.num_sequences)
+
+    def _copy_rearranged(self, middles: Middles, segments: slice, ids_T: IntArray) -> None:
+        """Write the content of one sequence among whose documents some are filled in the middle."""
+        documents = self.packing.documents[segments]
+        begins = self._begins[documents]
+        chunk_of, firsts, lasts, places = self._table[segments, 2:6].T
+        which, (firsts, lasts, places) = middles.write(documents, (firsts - begins, lasts - begins, places), ids_T)
+        columns = (chunk_of[which], begins[which] + firsts, begins[which] + lasts, places)
+        for chunk, first, last, to in np.stack(columns, axis=1).tolist():
             ids_T[to : to + last - first] = self._tokens[chunk][first:last]
-        if layout.bos_id is not None:
-            ids_T[begins[starts == 0]] = layout.bos_id
-        if layout.eos_id is not None:
-            ids_T[ends[stops > content_ends] - 1] = layout.eos_id
-        ids_T[used:] = layout.pad_id
-        segments_T[used:] = 0
-        offsets_T[used:] = 0
-        return float((self._num_bytes[documents] * (lengths / self._lengths[documents])).sum())
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The segments of the index-th sequence, in order."""
+        packing, sequence = self.packing, self._sequence_at[index]
+        segments = slice(packing.offsets[sequence], packing.offsets[sequence + 1])
+        documents, starts, lengths = packing.documents[segments], packing.starts[segments], packing.lengths[segments]
+        bos, contents = int(self.layout.bos_id is not None), self._contents[documents]
+        first = np.clip(starts - bos, 0, contents)
+        stop = np.clip(starts + lengths - bos, 0, contents)
+        if self._middles is not None:
+            first, stop = self._middles.spans(documents, first, stop)
+        begins = np.cumsum(lengths) - lengths
+        columns = (begins, lengths, self._chunk_of[documents], self._rows[documents], first, stop)
+        return [Piece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def holders(self, chunk: int, row: int) -> list[int]:
+        """The sequences that hold a document of a chunk, or part of it, in order; empty where it is left out."""
+        count = len(self._lengths)
+        document = np.flatnonzero((self._chunk_of[:count] == chunk) & (self._rows[:count] == row))
+        segments = np.flatnonzero(np.isin(self.packing.documents, document))
+        sequences = np.searchsorted(self.packing.offsets, segments, side="right") - 1
+        return [int(index) for index in np.flatnonzero(np.isin(self._sequence_at, sequences))]
 
     def _select(self) -> None:
         """The documents of this side of the split: chunk, first token, tokens, text bytes; shape [documents] each."""
         layout, limit = self.layout, self.plan.max_held_out_tokens
+        found = self._candidates()
         columns: list[tuple[Any, ...]] = []
-        for number, chunk in enumerate(self._chunks):
-            ends, rows = chunk.ends().astype(np.int64), chunk.documents()
-            begins = np.append(0, ends[:-1]) if len(ends) else ends
-            kept = is_held_out(rows["text_hash"], layout.seed, layout.held_out_ratio) == (limit is not None)
-            columns.append((np.full(kept.sum(), number), begins[kept], (ends - begins)[kept], rows["num_bytes"][kept]))
-        empty = (np.empty(0, np.int64),) * 4
+        for number, candidates in enumerate(found):
+            kept = candidates.kept
+            places = np.full(kept.sum(), number), np.flatnonzero(kept)
+            columns.append(
+                (*places, candidates.begins[kept], candidates.lengths[kept], candidates.rows["num_bytes"][kept])
+            )
+        empty = (np.empty(0, np.int64),) * 5
         parts = [np.concatenate(column) for column in zip(*columns, empty, strict=True)]
-        self._chunk_of, self._begins, self._contents, num_bytes = parts
+        self._chunk_of, self._rows, self._begins, self._contents, num_bytes = parts
         self._num_bytes = num_bytes.astype(np.float64)
+        if limit is None and layout.fill_in_the_middle is not None:
+            self._rearrange(layout.fill_in_the_middle, found)
         self._lengths = self._contents + (layout.bos_id is not None) + (layout.eos_id is not None)
         if limit is not None:
             self._shorten(limit)
+
+    def _candidates(self) -> list[Candidates]:
+        """The documents of this side of the split, filtered where they are trained on."""
+        layout, split = self.layout, (self.layout.seed, self.layout.held_out_ratio)
+        if self.plan.max_held_out_tokens is not None:
+            return [documents_of(chunk, *split, held_out=True) for chunk in self._chunks]
+        found = [training_documents(chunk, layout.filters, *split) for chunk in self._chunks]
+        self.dropped = sum((candidates.dropped for candidates in found), Dropped())
+        if self.plan.duplicates is not None:
+            duplicates = read_duplicates(self.plan.duplicates)
+            self.dropped = replace(self.dropped, num_dropped_duplicates=len(duplicates))
+            ends = np.cumsum([0] + [len(candidates.kept) for candidates in found])
+            for candidates, begin, end in zip(found, ends, ends[1:], strict=False):
+                first, last = np.searchsorted(duplicates, [begin, end])
+                candidates.kept[duplicates[first:last] - begin] = False
+        return found
+
+    def _rearrange(self, transform: FillInTheMiddle, found: list[Candidates]) -> None:
+        """Choose the documents to fill in the middle of; they become longer by the sentinels."""
+        ids = [document_ids(candidates.rows[candidates.kept]) for candidates in found]
+        documents = np.concatenate([np.empty(0, np.uint64), *ids])
+        self._middles = Middles(transform, self.layout.seed, self.plan.epoch, documents, self._contents)
+        self._contents = self._contents + NUM_SENTINELS * self._middles.chosen
 
     def _shorten(self, limit: int) -> None:
         """Keep the first `limit` tokens."""
@@ -212,18 +334,9 @@ class OpenWindows:
         return window
 
 
-def is_held_out(text_hashes: npt.NDArray[np.uint64], seed: int, ratio: float) -> npt.NDArray[np.bool_]:
-    """Which documents belong to the validation split; equal texts share a side."""
-    mixed = _mix(text_hashes ^ _mix(np.array([seed % (1 << 64)], dtype=np.uint64)))
-    return (mixed >> np.uint64(11)) < ratio * 2.0**53
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    # The finaliser of splitmix64 (Steele, Lea & Flood 2014).
-    values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def _sequence_of(packing: Packing) -> IntArray:
+    """The sequence of each segment."""
+    return np.repeat(np.arange(packing.num_sequences), np.diff(packing.offsets))
 
 
 def _open(path: Path) -> Chunk:

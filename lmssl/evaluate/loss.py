@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ class LossResult:
     """Summed loss of the objective's first term."""
     num_targets: int
     num_bytes: float
+    """Of the text; 0: not known, as for corpora of ready-made tokens."""
 
     @property
     def loss(self) -> float:
@@ -28,9 +29,12 @@ class LossResult:
         return self.nats / self.num_targets if self.num_targets else math.nan
 
     @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of text; end-of-document targets are paid for, unpredicted first tokens are free."""
-        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text; end-of-document targets are paid for, unpredicted first tokens are free.
+
+        None where the bytes are not known.
+        """
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
 def evaluate_loss(
@@ -38,12 +42,15 @@ def evaluate_loss(
     objective: SumObjective,
     splits: Mapping[str, Iterable[MicroBatch]],
     accelerator: Accelerator,
+    *,
+    apart: Collection[str] = (),
 ) -> dict[str, LossResult]:
     """Loss of every corpus and, under `""`, of all together; the same for any batch size and number of processes.
 
     Args:
         module: the unwrapped module; it is left in the mode it came in.
         splits: this rank's micro-batches by corpus, equally many on every rank.
+        apart: those that do not count in the loss of all together.
     """
     term = next(iter(objective.weights))
     sums: dict[str, torch.Tensor] = {}
@@ -66,7 +73,11 @@ def evaluate_loss(
     stacked = torch.stack([sums[name] for name in names]).to(accelerator.device)
     rows = accelerator.reduce(stacked, "sum").cpu()
     found = {name: _result(row) for name, row in zip(names, rows, strict=True)}
-    return {"": _result(rows.sum(0)), **found}
+    counted = [number for number, name in enumerate(names) if name not in apart]
+    whole = rows[counted].sum(0)
+    if any(found[names[number]].num_targets and not found[names[number]].num_bytes for number in counted):
+        whole[2] = 0.0  # a part of the bytes would flatter nobody and mislead everybody
+    return {"": _result(whole), **found}
 
 
 def _result(row: torch.Tensor) -> LossResult:

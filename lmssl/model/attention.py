@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmssl.model.products import products_attention
+
 LOOP_FROM_TOKENS = 1536
 """From this length on documents are looped over on CPU; between 512 and 2,048, the crossing itself is not measured."""
 
@@ -81,6 +83,13 @@ def document_attention(
     if windowed:
         assert sliding_window is not None
         mask = _windowed(mask, causal, length, sliding_window, query_BHTD.device)
+    if mask is not None and query_BHTD.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
+        if torch.is_autocast_enabled("cpu"):  # as it does around torch's own attention
+            kind = torch.get_autocast_dtype("cpu")
+            query_BHTD, key_BGTD, value_BGTD = (x.to(kind) for x in (query_BHTD, key_BGTD, value_BGTD))
+        scale = scaling if scaling is not None else query_BHTD.shape[-1] ** -0.5
+        out_BHTD = products_attention(query_BHTD, key_BGTD, value_BGTD, mask, causal=causal, scale=scale)
+        return out_BHTD.transpose(1, 2), None
     out_BHTD = F.scaled_dot_product_attention(
         query_BHTD,
         key_BGTD,

@@ -80,9 +80,9 @@ def _chunk(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Ten
     safe_N1 = torch.where(kept_N, targets_N, 0)[:, None]
     picked_N1 = log_probs_NV.gather(1, safe_N1)
     loss = -torch.where(kept_N, picked_N1[:, 0], 0.0).sum()
-    if torch.compiler.is_compiling():  # one fused loop; a scatter would break it in two
-        hit_NV = torch.arange(log_probs_NV.shape[1], device=log_probs_NV.device)[None, :] == safe_N1
-        return loss, torch.where(hit_NV, torch.exp(log_probs_NV) - 1, torch.exp(log_probs_NV)).to(hidden_ND.dtype)
+    if torch.compiler.is_compiling():  # one fused loop, and a scatter of one entry a row
+        grad_NV = torch.exp(log_probs_NV).to(hidden_ND.dtype)
+        return loss, grad_NV.scatter(1, safe_N1, (torch.exp(picked_N1) - 1).to(hidden_ND.dtype))
     grad_NV = log_probs_NV.exp_()  # in place: this matrix is most of the head's memory traffic
     grad_NV.scatter_(1, safe_N1, torch.exp(picked_N1) - 1)
     return loss, grad_NV.to(hidden_ND.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lmssl.recipe.base import AsTuple, Float, Int, Section
 
@@ -16,8 +16,12 @@ class Corpus(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name in logs, metrics and cards."""
-    weight: Float | None = Field(default=None, gt=0)
-    """Share of tokens relative to the other weights; null: proportional to bytes. All corpora or none."""
+    weight: Float | None = Field(default=None, ge=0)
+    """Share of tokens relative to the other weights; null: proportional to bytes. All corpora or none.
+
+    0 is for a corpus that only a later stage reads."""
+    max_epochs: Float | None = Field(default=None, gt=0)
+    """Lower the corpus's share so that the run reads it about so many times at most; null: no limit."""
 
 
 class TextCorpus(Corpus):
@@ -25,7 +29,11 @@ class TextCorpus(Corpus):
 
     kind: Literal["text"]
     path: str | Paths
-    """Files, globs or folders (a folder means every `*.txt` below it), relative to the working directory."""
+    """Files, globs or folders (a folder means every `*.txt` below it), relative to the working directory, or URLs.
+
+    URLs begin with `s3://`, `gs://`, `hf://` or, where allowed, `https://`."""
+    allow_https: bool = False
+    """Whether `path` may be an https URL, which is downloaded from whoever answers there."""
     document: Literal["file", "line", "paragraph"] = "file"
     """What one document is; paragraphs are separated by blank lines."""
     section_bytes: Int | Literal["auto"] | None = "auto"
@@ -39,6 +47,8 @@ class JsonlCorpus(Corpus):
 
     kind: Literal["jsonl"]
     path: str | Paths
+    allow_https: bool = False
+    """Whether `path` may be an https URL, which is downloaded from whoever answers there."""
     field: str = "text"
     """Name of the text field."""
     section_bytes: Int | None = None
@@ -50,6 +60,8 @@ class ParquetCorpus(Corpus):
 
     kind: Literal["parquet"]
     path: str | Paths
+    allow_https: bool = False
+    """Whether `path` may be an https URL, which is downloaded from whoever answers there."""
     field: str = "text"
     """Name of the text column."""
     section_bytes: Int | None = None
@@ -72,6 +84,18 @@ class DatasetsCorpus(Corpus):
     """Cut longer documents into sections near this size, at paragraph ends."""
 
 
+class TokensCorpus(Corpus):
+    """Documents that are tokens already: `.ds` files of datatrove, or `.bin` files of Megatron, with their indexes."""
+
+    kind: Literal["tokens"]
+    path: str | Paths
+    """Files, globs or folders (a folder means every `*.ds` and `*.bin` below it)."""
+    ends_with_eos: bool | Literal["auto"] = "auto"
+    """Whether each document ends with the tokenizer's eos token, which is taken off because packing adds it.
+
+    `auto`: where it does."""
+
+
 class PythonDocsCorpus(Corpus):
     """The text every CPython ships: the language reference and the standard library's docstrings."""
 
@@ -79,7 +103,8 @@ class PythonDocsCorpus(Corpus):
 
 
 AnyCorpus = Annotated[
-    TextCorpus | JsonlCorpus | ParquetCorpus | DatasetsCorpus | PythonDocsCorpus, Field(discriminator="kind")
+    TextCorpus | JsonlCorpus | ParquetCorpus | DatasetsCorpus | TokensCorpus | PythonDocsCorpus,
+    Field(discriminator="kind"),
 ]
 
 
@@ -90,6 +115,65 @@ class Validation(Section):
     """Share of documents held out."""
     tokens: Int = Field(default=500_000, ge=1)
     """Tokens of held-out text that evaluation reads, over all corpora."""
+    sets: Annotated[tuple[AnyCorpus, ...], AsTuple] = ()
+    """Further corpora for evaluation only, each up to `tokens` and reported under its own name."""
+
+
+class MixtureStage(Section):
+    """A later part of the run with other weights, such as an annealing phase."""
+
+    from_tokens: Int = Field(ge=1)
+    """Where it begins, in tokens of the run; a multiple of `train.batch_tokens`."""
+    weights: dict[str, Annotated[Float, Field(ge=0)]]
+    """Weight by name of the corpus; one left out has 0."""
+
+
+class FillInTheMiddleSection(Section):
+    """Documents whose middle is moved to their end, so that the model learns to fill it in."""
+
+    rate: Float = Field(default=0.5, gt=0, le=1)
+    """Share of the training documents."""
+    spm_rate: Float = Field(default=0.5, ge=0, le=1)
+    """Share of these that begin with the suffix (SPM) instead of the prefix (PSM)."""
+    prefix: str = "<|fim_prefix|>"
+    """The token before the prefix."""
+    middle: str = "<|fim_middle|>"
+    """The token before the middle."""
+    suffix: str = "<|fim_suffix|>"
+    """The token before the suffix."""
+
+
+class DecontaminateSection(Section):
+    """Evaluation text that must not stand in the training text."""
+
+    path: str | Paths
+    """Files or globs of `.jsonl`, `.parquet` or `.txt` (one document per file), compressed or not."""
+    field: str = "text"
+    """Name of the text field in `.jsonl` and `.parquet`."""
+    ngram: Int = Field(default=13, ge=3)
+    """A training document that shares so many words in a row with an evaluation document is dropped."""
+
+
+class FiltersSection(Section):
+    """Which training documents are dropped, and counted."""
+
+    min_tokens: Int | None = Field(default=None, ge=1)
+    """Drop documents with fewer tokens, special tokens not counted; a section counts as a document."""
+    max_tokens: Int | None = Field(default=None, ge=1)
+    """Drop documents with more tokens, special tokens not counted; a section counts as a document."""
+    drop_duplicates: bool = False
+    """Show each distinct text of a corpus once per epoch."""
+    decontaminate: DecontaminateSection | None = None
+    """Drop documents that contain evaluation text; null: none."""
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> FiltersSection:
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}; every document would be "
+                "dropped"
+            )
+        return self
 
 
 class DataSection(Section):
@@ -99,14 +183,26 @@ class DataSection(Section):
     """Tokens per sequence."""
     packing: Literal["best_fit", "concat", "none"] = "best_fit"
     """How documents share sequences; `none`: one piece of a document per sequence."""
+    align_starts: bool = False
+    """Begin a sequence with the start of a document wherever it holds one."""
     document_attention: bool = True
     """Tokens attend within their own document only."""
     bos: bool = False
     """Put the tokenizer's bos token before each document."""
     eos: bool = True
     """Put the tokenizer's eos token after each document."""
+    fill_in_the_middle: FillInTheMiddleSection | None = None
+    """Rearrange documents for filling in the middle; null: none."""
+    filters: FiltersSection = FiltersSection()
+    """Which training documents are dropped."""
     mixture: Annotated[tuple[AnyCorpus, ...], AsTuple] = Field(min_length=1)
     """The corpora."""
+    temperature: Float | None = Field(default=None, gt=0)
+    """Every weight w becomes w^(1/T), in stages too (Arivazhagan et al. 2019); null: as written."""
+    stages: Annotated[tuple[MixtureStage, ...], AsTuple] = ()
+    """Later parts of the run with other weights."""
+    skip: Annotated[tuple[Annotated[tuple[Int, Int], AsTuple], ...], AsTuple] = ()
+    """Ranges of positions to leave out, as [start, end), ascending."""
     validation: Validation | None = Validation()
     """The held-out split; null: none."""
     seed: Int | None = Field(default=None, ge=0, lt=2**63)
@@ -119,6 +215,8 @@ class DataSection(Section):
     """Sequences per block; mixture shares are exact in each."""
     cache: str = "~/.cache/lmssl"
     """Folder of the token cache."""
+    remote_cache_bytes: Int = Field(default=20_000_000_000, ge=1)
+    """What downloads of remote corpora may take below `cache`; those read longest ago make room."""
     workers: Int = Field(default=1, ge=0)
     """Loader processes; the order does not depend on it."""
     max_bad_records: Int = Field(default=100, ge=0)

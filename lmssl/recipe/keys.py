@@ -105,6 +105,8 @@ def _inner(annotation: Any, key: str, data: Any) -> Any:
         info = fields(section).get(key)
         return info.annotation if info else None
     for member in options(annotation):
+        if get_origin(member) is dict:
+            return get_args(member)[1]
         if get_origin(member) is tuple and key.isdecimal():
             parts = get_args(member)
             if len(parts) == 2 and parts[1] is Ellipsis:

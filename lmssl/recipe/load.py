@@ -96,9 +96,8 @@ def difference(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
 def order_fields(recipe: Recipe) -> dict[str, Any]:
     """The values that decide which tokens a position holds; a run that continues must find them unchanged."""
     values = {p: v for p, v in flat(recipe).items() if p.startswith(("data.", "tokenizer.path"))}
-    for path in _ORDER_FREE:
-        values.pop(path, None)
-    return values | {"data.seed": recipe.data_seed}
+    free = {p for p in values if any(p == path or p.startswith(path + ".") for path in _ORDER_FREE)}
+    return {p: v for p, v in values.items() if p not in free} | {"data.seed": recipe.data_seed}
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
@@ -109,6 +108,8 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 _ORDER_FREE = (
     "data.cache",
     "data.workers",
+    "data.skip",
+    "data.validation.sets",
     "data.validation.tokens",
     "data.max_bad_records",
     "data.document_attention",

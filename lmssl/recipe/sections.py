@@ -183,7 +183,15 @@ def derived_fields(recipe: Recipe) -> dict[str, Any]:
 
 def contradictions(recipe: Recipe) -> list[str]:
     """Sentences `path: what; remedy` for values that are each valid and cannot hold together."""
-    return [*_batch_problems(recipe), *_mixture_problems(recipe), *_schedule_problems(recipe), *_model_problems(recipe)]
+    return [
+        *_batch_problems(recipe),
+        *_mixture_problems(recipe),
+        *_stage_problems(recipe),
+        *_skip_problems(recipe),
+        *_set_problems(recipe),
+        *_schedule_problems(recipe),
+        *_model_problems(recipe),
+    ]
 
 
 def _batch_problems(recipe: Recipe) -> Iterator[str]:
@@ -219,6 +227,60 @@ def _mixture_problems(recipe: Recipe) -> Iterator[str]:
             "evaluate.every_steps: there is nothing to evaluate on, because data.validation is null; "
             "leave evaluate.every_steps out, or give data.validation"
         )
+
+
+def _stage_problems(recipe: Recipe) -> Iterator[str]:
+    mixture, stages, train = recipe.data.mixture, recipe.data.stages, recipe.train
+    names = [corpus.name for corpus in mixture]
+    for index, corpus in enumerate(mixture):
+        if corpus.weight == 0 and not any(stage.weights.get(corpus.name) for stage in stages):
+            yield (
+                f"data.mixture.{index}.weight: the corpus {corpus.name} has weight 0 and no stage gives it more; "
+                "take it out, or give it a weight here or in data.stages"
+            )
+    if all(corpus.weight == 0 for corpus in mixture):
+        yield "data.mixture: every weight is 0, so the run has nothing to begin with; give a corpus a weight above 0"
+    least = 0
+    for index, stage in enumerate(stages):
+        path, start = f"data.stages.{index}", stage.from_tokens
+        if start % train.batch_tokens:
+            near = max(1, round(start / train.batch_tokens)) * train.batch_tokens
+            yield (
+                f"{path}.from_tokens: {start} is not a multiple of train.batch_tokens={train.batch_tokens}; use {near}"
+            )
+        elif start <= least:
+            yield f"{path}.from_tokens: {start} is not after {least}, where the stage before it begins; sort the stages"
+        elif start >= train.tokens:
+            yield f"{path}.from_tokens: {start} is not before the end, train.tokens={train.tokens}; lower it"
+        least = max(least, start)
+        for name in stage.weights:
+            if name not in names:
+                yield f"{path}.weights: there is no corpus {name} in data.mixture; the corpora are {', '.join(names)}"
+        if not any(stage.weights.values()):
+            yield f"{path}.weights: no corpus has a weight above 0; give at least one"
+
+
+def _skip_problems(recipe: Recipe) -> Iterator[str]:
+    last = 0
+    for index, (start, end) in enumerate(recipe.data.skip):
+        path = f"data.skip.{index}"
+        if start < 0 or start >= end:
+            yield f"{path}: [{start}, {end}] holds no positions; write [first, last + 1], from 0 on"
+        elif start < last:
+            yield f"{path}: [{start}, {end}] begins before {last}, where an earlier range ends; sort and merge them"
+        last = max(last, end)
+
+
+def _set_problems(recipe: Recipe) -> Iterator[str]:
+    names = {corpus.name: f"data.mixture.{index}" for index, corpus in enumerate(recipe.data.mixture)}
+    for index, corpus in enumerate(recipe.data.validation.sets if recipe.data.validation is not None else ()):
+        path = f"data.validation.sets.{index}"
+        if corpus.name in names:
+            yield f"{path}.name: {corpus.name} is also the name of {names[corpus.name]}; choose another"
+        names.setdefault(corpus.name, path)
+        for key in ("weight", "max_epochs"):
+            if getattr(corpus, key) is not None:
+                yield f"{path}.{key}: a validation set is not trained on; leave {key} out"
 
 
 def _schedule_problems(recipe: Recipe) -> Iterator[str]:

@@ -32,6 +32,8 @@ class TokenizerBuild(Section):
     """Tokens to learn, control tokens and single bytes or characters included."""
     pad_to_multiple: Int = Field(default=64, ge=1)
     """Reserved special tokens fill the size up to a multiple of this."""
+    extra_special_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], AsTuple] = ()
+    """Further control tokens, such as the sentinels of `data.fill_in_the_middle`; text never gives their ids."""
     split: Literal["gpt2", "llama3", "qwen2"] | None = None
     """Pre-tokenizer of bpe, one that llama.cpp knows; null: gpt2."""
     lowercase: bool = False
@@ -54,6 +56,11 @@ class TokenizerBuild(Section):
             return MASKED_TOKENS
         return CAUSAL_TOKENS if self.kind == "bpe" else {**CAUSAL_TOKENS, "unk": "<|unk|>"}
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Control tokens and extra ones, each once."""
+        return tuple(dict.fromkeys([*self.control_tokens.values(), *self.extra_special_tokens]))
+
     @model_validator(mode="after")
     def _cross_check(self) -> TokenizerBuild:
         if self.kind != "bpe" and self.split is not None:
@@ -61,7 +68,11 @@ class TokenizerBuild(Section):
         for option in ("lowercase", "strip_accents"):
             if self.kind != "wordpiece" and getattr(self, option):
                 raise ValueError(f"{option}: it is for kind wordpiece; remove it for {self.kind}")
-        taken = 256 + len(set(self.control_tokens.values()))
+        extra = self.extra_special_tokens
+        for index, token in enumerate(extra):
+            if token in self.control_tokens.values() or token in extra[:index]:
+                raise ValueError(f"extra_special_tokens.{index}: {token!r} is a control token already; remove it")
+        taken = 256 + len(self.special_tokens)
         if self.kind == "bpe" and self.vocab_size <= taken:
             raise ValueError(
                 f"vocab_size: {self.vocab_size} leaves no merges; bytes and control tokens alone take {taken}"

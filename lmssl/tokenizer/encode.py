@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,7 +16,7 @@ import tokenizers
 
 from lmssl.errors import TokenizerError
 from lmssl.tokenizer.load import Tokenizer
-from lmssl.tokenizer.split import can_cut, cut_text
+from lmssl.tokenizer.split import can_cut, cut_out, cut_text
 
 _BATCH_CHARS = 4 << 20
 _RECYCLE_CHARS = 64 << 20
@@ -43,9 +45,9 @@ class Engine(Protocol):
 class Encoder:
     """Encodes documents without special tokens; control-token text inside a document stays plain text.
 
-    `engine="auto"` uses gigatoken where it is installed and agrees with `tokenizers` on adversarial text, now
-    and on a sample of every call; the first difference is reported and ends its use. `report` receives that
-    line; without it, it is a warning.
+    `engine="auto"` uses gigatoken (byte-level BPE) or tokie (WordPiece) where it is installed and agrees with
+    `tokenizers` on adversarial text, now and on a sample of every call; the first difference is reported and ends
+    its use. `report` receives that line; without it, it is a warning.
     """
 
     def __init__(
@@ -67,13 +69,14 @@ class Encoder:
         self._reference = _Reference(content)
         self._fast: Engine | None = None
         self._calls = 0
-        if engine == "auto" and _is_byte_level_bpe(content) and importlib.util.find_spec("gigatoken"):
+        self._name = _fast_engine(content)
+        if engine == "auto" and self._name and importlib.util.find_spec(self._name):
             self._adopt(content, adversarial_texts(tokenizer))
 
     @property
     def engine(self) -> str:
-        """Name of the engine in use: `gigatoken` or `tokenizers`."""
-        return "tokenizers" if self._fast is None else "gigatoken"
+        """Name of the engine in use: `gigatoken`, `tokie` or `tokenizers`."""
+        return "tokenizers" if self._fast is None or self._name is None else self._name
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode whole documents.
@@ -90,7 +93,13 @@ class Encoder:
         pieces: list[str] = []
         last = np.empty(len(texts), dtype=np.int64)
         for i, text in enumerate(texts):
-            pieces.extend(cut_text(text) if self._can_cut else [text])
+            if self._can_cut and len(text) > 4 * _SAMPLE_CHARS:
+                # A short piece somewhere in every long text is what a sample can afford to check.
+                place = int((self._calls + i) * 0.7548776662466927 % 1.0 * (len(text) - 2 * _SAMPLE_CHARS))
+                for part in cut_out(text, place, _SAMPLE_CHARS):
+                    pieces.extend(cut_text(part))
+            else:
+                pieces.append(text)
             last[i] = len(pieces) - 1
         return pieces, last
 
@@ -112,7 +121,7 @@ class Encoder:
 
     def _adopt(self, content: dict[str, Any], texts: list[str]) -> None:
         try:
-            fast = open_gigatoken(content)
+            fast = open_gigatoken(content) if self._name == "gigatoken" else open_tokie(content, self._reference)
             wrong = _first_difference(fast.encode(texts), self._reference, texts, range(len(texts)))
         except Exception as error:  # see above
             self._abandon(f"refused this tokenizer: {error}")
@@ -124,7 +133,9 @@ class Encoder:
 
     def _abandon(self, why: str) -> None:
         self._fast = None
-        self._report(f"gigatoken {' '.join(why.split())}; encoding with tokenizers from here on, the slower reference")
+        self._report(
+            f"{self._name} {' '.join(why.split())}; encoding with tokenizers from here on, the slower reference"
+        )
 
 
 def plain_content(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -219,13 +230,59 @@ class _Gigatoken:
         self._chars = 0
 
 
+class _Tokie:
+    """tokie, for texts of characters on which it is known to agree; the others go to the reference."""
+
+    def __init__(self, content: dict[str, Any], reference: Engine) -> None:
+        import tokie
+
+        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            self._backend: Any = tokie.Tokenizer.from_json(file.name)
+        self._reference = reference
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        odd = [i for i, text in enumerate(texts) if TOKIE_ODD.search(text)]
+        plain = list(texts)
+        for i in odd:
+            plain[i] = ""
+        ids, lengths = self._backend.encode_batch_flat(plain, add_special_tokens=False)
+        ends = np.cumsum(lengths.astype(np.int64))
+        if not odd:
+            return Encoded(ids, ends)
+        slow = self._reference.encode([texts[i] for i in odd])
+        pieces, done, begin = [], 0, 0
+        for i, end in zip(odd, slow.ends.tolist(), strict=True):
+            pieces += [ids[done : ends[i]], slow.ids[begin:end]]
+            done, begin = int(ends[i]), end
+        lengths = lengths.astype(np.int64)
+        lengths[odd] = np.diff(slow.ends, prepend=0)
+        return Encoded(np.concatenate([*pieces, ids[done:]]), np.cumsum(lengths))
+
+
+TOKIE_ODD = re.compile(
+    "[^\0-\x7e\x80-\u0377\u03a3-\u052f\u0531-\u0556\u1e00-\u1eff\u2000-\u2064\u20a0-\u20c0\u2100-\u218b\u2190-\u2429"
+    "\u2460-\u2b73\u3041-\u3096\u3099-\u30ff\u3220-\ua48c\uac00-\ud7a3\uff01-\uffbe]"
+)
+"""Characters that tokie 0.1.4 normalises in another way, or may: unassigned ones, marks and signs of rare scripts."""
+
+
+def open_tokie(content: dict[str, Any], reference: Engine) -> Engine:
+    """The fast engine for WordPiece; raises whatever tokie raises where it cannot."""
+    return _Tokie(content, reference)
+
+
 def open_gigatoken(content: dict[str, Any]) -> Engine:
     """The fast engine for a `tokenizer.json`; raises whatever gigatoken raises where it cannot."""
     return _Gigatoken(content)
 
 
-def _is_byte_level_bpe(content: dict[str, Any]) -> bool:
-    return content["model"]["type"] == "BPE" and '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
+def _fast_engine(content: dict[str, Any]) -> str | None:
+    """Which fast engine serves a `tokenizer.json`; tokie is wrong for BPE on repeated letters, and for Unigram."""
+    if content["model"]["type"] == "BPE" and '"ByteLevel"' in json.dumps(content["pre_tokenizer"]):
+        return "gigatoken"
+    return "tokie" if content["model"]["type"] == "WordPiece" else None
 
 
 def _merged(pair: str | list[str]) -> str:
@@ -258,14 +315,16 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
 
 
 def _sample(pieces: list[str], salt: int) -> list[int]:
-    """A few pieces, about 1/256 of the text, other ones in each call."""
+    """A few pieces, about 1/256 of the text, other ones in each call; short ones where there are some."""
     budget = max(_SAMPLE_CHARS, sum(map(len, pieces)) // _SAMPLE_SHARE)
-    chosen, count = [], len(pieces)
+    short = [i for i, piece in enumerate(pieces) if len(piece) <= 4 * _SAMPLE_CHARS]
+    among = short or list(range(len(pieces)))
+    chosen, count = [], len(among)
     for k in range(count):
         if budget <= 0:
             break
         # Steps of the golden ratio spread the sample over the batch.
-        i = int((salt * 0.7548776662466927 + k * 0.6180339887498949) % 1.0 * count)
+        i = among[int((salt * 0.7548776662466927 + k * 0.6180339887498949) % 1.0 * count)]
         chosen.append(i)
         budget -= len(pieces[i]) + 16
     return sorted(set(chosen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 SPLIT_PATTERNS: dict[str, str] = {
@@ -49,6 +50,18 @@ def cut_text(text: str, size: int = PIECE_CHARS) -> list[str]:
         start = found.start()
     pieces.append(text[start:])
     return pieces
+
+
+def cut_out(text: str, place: int, size: int) -> list[str]:
+    """What stands before, in and after a stretch of about `size` characters from about `place` on, cut at safe spaces.
+
+    >>> cut_out("one two three four", 3, 6)
+    ['one two', ' three', ' four']
+    """
+    first = _CUT.search(text, place + 1)
+    last = _CUT.search(text, first.start() + size) if first else None
+    cuts = [0, *(found.start() for found in (first, last) if found), len(text)]
+    return [text[a:b] for a, b in pairwise(cuts)]
 
 
 def _is_local(normalizer: dict[str, Any] | None) -> bool:

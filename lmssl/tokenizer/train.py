@@ -72,8 +72,7 @@ def build_tokenizer(build: TokenizerBuild, texts: Iterator[str], out: Path) -> P
 def _added_tokens(build: TokenizerBuild) -> list[AddedToken]:
     # Outside wordpiece a word carries the space before it, so [MASK] must swallow that space to stand for a word.
     swallow = build.control_tokens.get("mask") if build.kind != "wordpiece" else None
-    unique = dict.fromkeys(build.control_tokens.values())
-    return [AddedToken(text, special=True, normalized=False, lstrip=text == swallow) for text in unique]
+    return [AddedToken(text, special=True, normalized=False, lstrip=text == swallow) for text in build.special_tokens]
 
 
 def _train_bpe(build: TokenizerBuild, texts: Iterator[str], special: list[AddedToken]) -> tokenizers.Tokenizer:

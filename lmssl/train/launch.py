@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Literal
@@ -38,6 +40,24 @@ def check_trackers(recipe: Recipe) -> None:
                 where="track.with",
                 remedy=f"pip install {tracker}, or take it out of track.with",
             )
+
+
+def keep_memory() -> None:
+    """Let this process keep freed memory, in huge pages where the kernel lends them; a no-op without glibc.
+
+    A training step frees and takes back the same buffers; by default glibc returns every one of 32 MiB and more to the
+    kernel, which then maps and clears it again page by page. Call it before the first large tensor exists.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**26)
+    mallopt(mmap_max, 0)
 
 
 def open_accelerator(recipe: Recipe, run: Path) -> Accelerator:

@@ -25,18 +25,20 @@ def add_measured(interval: Interval, measured: Measured) -> bool:
     return finite
 
 
-def interval_metrics(interval: Interval, *, sequence_tokens: int) -> dict[str, Any]:
+def interval_metrics(interval: Interval, *, sequence_tokens: int, knows_bytes: bool) -> dict[str, Any]:
     """Loss in nats per target, bits per byte and padding share of an interval.
 
     Args:
         sequence_tokens: tokens of one batch, padding included.
+        knows_bytes: whether the bytes of text of all corpora are known; else there are no bits per byte.
     """
     row: dict[str, Any] = {}
     for index, (term, total) in enumerate(interval.sums.items()):
         mean = total / max(1, interval.counts[term])
         row["loss" if index == 0 else f"loss_{term}"] = mean
     first = next(iter(interval.sums.values()), math.nan)
-    row["bits_per_byte"] = first / math.log(2) / interval.num_bytes if interval.num_bytes else None
+    known = knows_bytes and interval.num_bytes > 0
+    row["bits_per_byte"] = first / math.log(2) / interval.num_bytes if known else None
     row["num_targets"] = next(iter(interval.counts.values()), 0)
     row["padding_ratio"] = interval.num_padding_tokens / max(1, interval.num_steps * sequence_tokens)
     return row

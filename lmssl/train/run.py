@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lmssl.data.order import kept_position
 from lmssl.errors import Preempted, TrainingError
 from lmssl.evaluate.loss import LossResult
 from lmssl.optim.schedule import lr_ratio
@@ -58,6 +60,8 @@ def train(loaded: Loaded) -> Path:
             with stop_flag() as stop:
                 _loop(session, console, log, stop)
             console.note(closing_line(session))
+            if main and (line := _list_bad_records(session)) is not None:
+                console.note(line)
         finally:
             if log is not None:
                 log.close()
@@ -102,7 +106,7 @@ def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: S
             pending.append(measured)
             state.step += 1
             state.tokens_seen += recipe.train.batch_tokens
-            state.cursor += recipe.batch_sequences
+            state.cursor = kept_position(state.step * recipe.batch_sequences, recipe.data.skip)
             last = state.step == recipe.steps
             log_due = last or _due(state.step, recipe.train.log_every_steps)
             evaluate_due = last or _due(state.step, recipe.evaluate.every_steps)
@@ -152,8 +156,9 @@ def _read(session: Session, pending: list[Measured], *, keep: int) -> bool:
         if finite:
             continue
         state.skipped_steps += 1
-        end = step * recipe.batch_sequences
-        positions = f"positions {end - recipe.batch_sequences} to {end - 1}"
+        ends = (step - 1) * recipe.batch_sequences, step * recipe.batch_sequences - 1
+        first, last = (kept_position(k, recipe.data.skip) for k in ends)
+        positions = f"positions {first} to {last}"
         session.report(f"step {step} skipped: its loss or gradient is not finite; {positions}")
         if state.consecutive_skips > recipe.train.max_skipped_steps:
             raise TrainingError(
@@ -170,7 +175,8 @@ def _log(
     """One line of metrics from the interval's sums; clock fields stand apart, for they differ between equal runs."""
     recipe, state = session.recipe, session.state
     row: dict[str, Any] = {"kind": "train", "step": state.step, "tokens": state.tokens_seen}
-    row |= interval_metrics(state.interval, sequence_tokens=recipe.train.batch_tokens)
+    knows_bytes = all(corpus.kind != "tokens" for corpus in recipe.data.mixture)
+    row |= interval_metrics(state.interval, sequence_tokens=recipe.train.batch_tokens, knows_bytes=knows_bytes)
     row |= {"lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
     row |= {"skipped_steps": state.skipped_steps, "next_position": state.cursor, "time": clock.read(state.tokens_seen)}
     state.interval = Interval()
@@ -178,6 +184,7 @@ def _log(
     left = recipe.steps * recipe.train.batch_tokens - state.tokens_seen
     console.advance(row, left / rate if rate else None)
     if log is not None:
+        row["epochs"] = session.stream.epochs_at(state.cursor)
         log.write(row)
     _track(session, row)
 
@@ -189,23 +196,26 @@ def _evaluate(session: Session, console: RunConsole, log: MetricsLog | None) -> 
         return
     state = session.state
     row: dict[str, Any] = {"kind": "evaluate", "step": state.step, "tokens": state.tokens_seen}
-    row |= _evaluation_row(results)
+    row |= _evaluation_row(results, {split.corpus for split in session.stream.validation_sets()})
     state.evaluation = {"step": state.step, "loss": row["loss"], "bits_per_byte": row["bits_per_byte"]}
+    if "sets" in row:
+        state.evaluation["sets"] = row["sets"]
     row["time"] = {"seconds": time.monotonic() - started}
-    console.note(
-        f"validation at step {state.step}: loss {row['loss']:.4f}  bits/byte {row['bits_per_byte']:.3f}"
-        f"  ({row['num_targets']:,} targets)"
-    )
+    bits = "" if row["bits_per_byte"] is None else f"  bits/byte {row['bits_per_byte']:.3f}"
+    console.note(f"validation at step {state.step}: loss {row['loss']:.4f}{bits}  ({row['num_targets']:,} targets)")
     if log is not None:
         log.write(row)
     _track(session, {f"validation_{k}": v for k, v in row.items()} | {"step": state.step})
 
 
-def _evaluation_row(results: dict[str, LossResult]) -> dict[str, Any]:
+def _evaluation_row(results: dict[str, LossResult], sets: Collection[str]) -> dict[str, Any]:
     whole = results[""]
-    row = {"loss": whole.loss, "bits_per_byte": whole.bits_per_byte, "num_targets": whole.num_targets}
-    by_corpus = {name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte} for name, r in results.items() if name}
-    return {**row, "corpora": by_corpus}
+    row: dict[str, Any] = {"loss": whole.loss, "bits_per_byte": whole.bits_per_byte, "num_targets": whole.num_targets}
+    by_name = {name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte} for name, r in results.items() if name}
+    row["corpora"] = {name: numbers for name, numbers in by_name.items() if name not in sets}
+    if sets:
+        row["sets"] = {name: numbers for name, numbers in by_name.items() if name in sets}
+    return row
 
 
 def _track(session: Session, row: dict[str, Any]) -> None:
@@ -233,13 +243,27 @@ def opening_lines(session: Session) -> list[str]:
 
 
 def closing_line(session: Session) -> str:
-    """What was read, and what of it was padding, cut or unreadable."""
+    """What was read, how often each corpus, and what of it was padding, cut or unreadable."""
     totals = session.stream.totals(session.state.cursor)
+    epochs = ", ".join(f"{name} {count:.2f}" for name, count in session.stream.epochs_at(session.state.cursor).items())
     return (
         f"opened {totals.num_documents:,} documents, {totals.num_tokens:,} tokens; padding {totals.padding_ratio:.2%}, "
         f"{totals.num_cut_documents:,} cut documents, {totals.num_bad_records:,} bad records, "
-        f"{session.state.skipped_steps:,} skipped steps"
+        f"{session.state.skipped_steps:,} skipped steps; epochs: {epochs}"
     )
+
+
+def _list_bad_records(session: Session) -> str | None:
+    """Write the records that were set aside beside the run, and say where; None where there are none."""
+    found = session.stream.bad_records(session.state.cursor)
+    if not found:
+        return None
+    rows = ({"file": file, "record": bad.number, "start": bad.start, "reason": bad.reason} for file, bad in found)
+    path = session.run / "bad_records.jsonl"
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+    return f"{len(found):,} bad records are listed in {path}"
 
 
 class Clock:

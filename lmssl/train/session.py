@@ -20,7 +20,9 @@ from transformers import PreTrainedConfig
 from lmssl import checkpoint
 from lmssl.data.batch import training_batches, validation_batches
 from lmssl.data.ledger import Ledger
-from lmssl.data.stream import SequenceStream, ValidationSplit
+from lmssl.data.order import kept_position, skipped_before
+from lmssl.data.stream import SequenceStream
+from lmssl.data.validation import ValidationSplit
 from lmssl.errors import CheckpointError
 from lmssl.evaluate.loss import LossResult, evaluate_loss
 from lmssl.model.build import build_config, build_model
@@ -33,14 +35,25 @@ from lmssl.recipe.sections import Recipe
 from lmssl.shipped import find
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 from lmssl.train.console import Report
-from lmssl.train.launch import check_trackers, choose_compile, compile_module, open_accelerator, set_determinism
+from lmssl.train.launch import (
+    check_trackers,
+    choose_compile,
+    compile_module,
+    keep_memory,
+    open_accelerator,
+    set_determinism,
+)
 from lmssl.train.state import TrainState
 
 FREE_FIELDS = (
     *("out", "checkpoint", "evaluate", "track", "data.workers", "data.cache"),
+    *("data.skip", "data.stages", "data.validation.sets"),
     *("train.compile", "train.micro_batch_sequences", "train.log_every_steps", "train.max_skipped_steps"),
 )
-"""Fields that may differ when a run continues: they move neither the order of data nor the update."""
+"""Fields that may differ when a run continues: they move neither the order of data nor the update.
+
+What a changed `data.skip` or `data.stages` says of positions that are already read is compared with the checkpoint.
+"""
 
 
 @dataclass
@@ -77,11 +90,13 @@ class Session:
         )
 
     def evaluate(self) -> dict[str, LossResult] | None:
-        """Loss on the held-out split, or None where there is none."""
+        """Loss on the held-out split and on validation sets, or None where there is none."""
         if self.recipe.data.validation is None or not isinstance(self.objective, SumObjective):
             return None
-        splits = {split.corpus: self._validation_batches(split) for split in self.stream.validation()}
-        return evaluate_loss(self.core, self.objective, splits, self.accelerator)
+        sets = self.stream.validation_sets()
+        splits = {split.corpus: self._validation_batches(split) for split in (*self.stream.validation(), *sets)}
+        apart = {split.corpus for split in sets}
+        return evaluate_loss(self.core, self.objective, splits, self.accelerator, apart=apart)
 
     def _validation_batches(self, split: ValidationSplit) -> Iterator[MicroBatch]:
         return validation_batches(
@@ -95,6 +110,7 @@ class Session:
     def save(self) -> None:
         """Write a checkpoint of the present state from the main process, then prune."""
         if self.accelerator.is_main_process:
+            self.state.epochs = self.stream.epochs_at(self.state.cursor)
             checkpoint.save(
                 self.run,
                 self.state.step,
@@ -119,6 +135,7 @@ def open_session(recipe: Recipe, report: Report) -> Session:
     Raises:
         LmsslError: whatever is wrong with recipe, run folder, tokenizer, data, model or launch.
     """
+    keep_memory()
     run = Path(recipe.out_path)
     check_trackers(recipe)
     _check_run_folder(run, recipe)
@@ -130,13 +147,14 @@ def open_session(recipe: Recipe, report: Report) -> Session:
         tokenizer=tokenizer,
     )
     found = checkpoint.find_latest(run, report)
-    stream = _open_stream(recipe, tokenizer, found, report)
+    state = TrainState() if found is None else TrainState.from_json(found.text("state.json"))
+    _apply_skip(state, recipe, found, report)
+    stream = _open_stream(recipe, tokenizer, found, state, report)
     objective = build_objective(recipe)
     # The model exists before any backend does: a plugin that shards at construction would change its first weights.
     core = LossModule(build_model(config, seed=recipe.seed), objective, bf16=recipe.train.precision == "bf16")
     accelerator = open_accelerator(recipe, run)
     set_determinism(recipe, accelerator.device)
-    state = TrainState() if found is None else TrainState.from_json(found.text("state.json"))
     if found is not None:
         checkpoint.load_weights(core.model, found.tensors("model.safetensors"), where=str(found.path))
     num_parameters = sum(p.numel() for p in core.parameters())
@@ -156,10 +174,38 @@ def open_session(recipe: Recipe, report: Report) -> Session:
     return session
 
 
+def _apply_skip(state: TrainState, recipe: Recipe, found: checkpoint.Checkpoint | None, report: Report) -> None:
+    """Move the cursor to where the recipe's `data.skip` puts it, unless that changes what was already read."""
+    skip, read = recipe.data.skip, _read_positions(state, recipe)
+    then, now = skipped_before(read, state.skip), skipped_before(read, skip)
+    if then != now:
+        start, end = next(range_ for range_ in (*now, *then) if range_ not in now or range_ not in then)
+        raise CheckpointError(
+            f"data.skip changed for positions {start} to {end - 1}, and the run has passed them: its next is {read}",
+            where=f"data.skip in {found.path if found else recipe.out_path}",
+            remedy=f"begin new ranges at {read} or later and keep those before it, or continue from an earlier "
+            "checkpoint by moving newer ones out of the run's folder checkpoints",
+        )
+    state.skip = skip
+    state.cursor = kept_position(state.step * recipe.batch_sequences, skip)
+    ahead = [(max(start, read), end) for start, end in skip if end > read]
+    if ahead:
+        count = sum(end - start for start, end in ahead)
+        ranges = ", ".join(f"{start} to {end - 1}" for start, end in ahead)
+        report(f"data.skip: {count:,} positions will be left out: {ranges}")
+
+
+def _read_positions(state: TrainState, recipe: Recipe) -> int:
+    """Where the last read position ends; a range skipped right after it has not been passed yet."""
+    taken = state.step * recipe.batch_sequences
+    return kept_position(taken - 1, state.skip) + 1 if taken else 0
+
+
 def _open_stream(
-    recipe: Recipe, tokenizer: Tokenizer, found: checkpoint.Checkpoint | None, report: Report
+    recipe: Recipe, tokenizer: Tokenizer, found: checkpoint.Checkpoint | None, state: TrainState, report: Report
 ) -> SequenceStream:
     ledger = None if found is None else Ledger.load(found.path / "ledger.jsonl")
+    read_positions = _read_positions(state, recipe)
     stream = SequenceStream.open(
         recipe.data,
         tokenizer,
@@ -167,6 +213,9 @@ def _open_stream(
         cache_dir=Path(recipe.data.cache).expanduser(),
         ledger=ledger,
         report=report,
+        num_positions=recipe.steps * recipe.batch_sequences,
+        batch_sequences=recipe.batch_sequences,
+        read_positions=read_positions,
     )
     stream.require_batch(recipe.batch_sequences)
     return stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -26,13 +27,17 @@ class TrainState:
     tokens_seen: int = 0
     """Positions x sequence_length consumed, padding included."""
     cursor: int = 0
-    """The next position to read."""
+    """The next position to read, outside `skip`."""
+    skip: tuple[tuple[int, int], ...] = ()
+    """Ranges of positions that the run leaves out, as the recipe had them when this was saved."""
     skipped_steps: int = 0
     """Steps whose update was not made because a number was not finite."""
     consecutive_skips: int = 0
     interval: Interval = field(default_factory=Interval)
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The latest evaluation."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """The latest evaluation; where there are validation sets, also theirs, under `sets`."""
+    epochs: dict[str, float] = field(default_factory=dict)
+    """Epochs of each corpus up to the cursor."""
 
     def to_json(self) -> str:
         """JSON; floats keep all their digits."""
@@ -42,4 +47,5 @@ class TrainState:
     def from_json(cls, text: str) -> TrainState:
         """The state that `to_json` wrote."""
         values = json.loads(text)
-        return cls(**{**values, "interval": Interval(**values["interval"])})
+        skip = tuple((start, end) for start, end in values.get("skip", ()))
+        return cls(**{**values, "interval": Interval(**values["interval"]), "skip": skip})

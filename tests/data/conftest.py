@@ -95,10 +95,13 @@ def open_stream(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., SequenceS
         cache: str = "cache",
         ledger: Ledger | None = None,
         report: Any = None,
+        num_positions: int | None = None,
+        read_positions: int | None = None,
         **fields: Any,
     ) -> SequenceStream:
         small = {"sequence_length": 64, "chunk_bytes": 4096, "window_chunks": 4, "block_sequences": 16}
         section = DataSection(mixture=corpora, **{"validation": {"ratio": 0.1, "tokens": 2000}, **small, **fields})
-        return SequenceStream.open(section, tokenizer, seed, tmp_path / cache, ledger, report)
+        run = {"num_positions": num_positions, "read_positions": read_positions}
+        return SequenceStream.open(section, tokenizer, seed, tmp_path / cache, ledger, report, **run)
 
     return build

@@ -109,6 +109,29 @@ def test_positions_hold_the_same_tokens_for_every_layout(
     assert all(found[p][0] == stream.sequence(p).ids_T.tobytes() for p in found)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_skipped_positions_are_left_out_and_nothing_shifts(open_stream: Open, jsonl: Any, world_size: int) -> None:
+    corpora = jsonl("a", weight=0.7), jsonl("b", seed=1, weight=0.3)
+    whole, skip = open_stream(*corpora), [(0, 2), (7, 8), (20, 40), (40, 41)]
+    stream = open_stream(*corpora, skip=skip)
+    left_out = {position for start, end in skip for position in range(start, end)}
+    wanted = [position for position in range(200) if position not in left_out][: BATCH * STEPS]
+    found: dict[int, tuple[bytes, ...]] = {}
+    for rank in range(world_size):
+        layout = {"world_size": world_size, "rank": rank}
+        steps = list(batches(stream, **layout))
+        assert rows(steps) == rows(list(batches(stream, workers=rank % 2, **layout)))
+        for number, step in enumerate(steps):
+            mine = rows([step])
+            assert set(mine) <= set(wanted[number * BATCH : (number + 1) * BATCH])
+            assert mine == rows(list(batches(stream, start_step=number, num_steps=1, **layout)))
+            found |= mine
+    assert sorted(found) == wanted
+    for position, (ids, *_) in found.items():
+        assert ids == whole.sequence(position).ids_T.tobytes() == stream.sequence(position).ids_T.tobytes()
+    assert stream.ledger_at(90).text() == whole.ledger_at(90).text()
+
+
 def test_rows_go_where_the_module_says(stream: SequenceStream) -> None:
     (step,) = batches(stream, world_size=2, rank=1, micro_batch_sequences=4, num_steps=1, start_step=3)
     assert [batch.positions_B.tolist() for batch in step] == [[40, 41, 42, 43], [-1, -1, -1, -1]]

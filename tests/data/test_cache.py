@@ -2,6 +2,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lmssl.data import cache as module
 from lmssl.data.cache import Cancelled, Chunk, ChunkCache, bad_records, read_chunk, text_hash
 from lmssl.data.corpus import Unit, list_units
 from lmssl.errors import DataError
-from lmssl.recipe.data import JsonlCorpus
+from lmssl.recipe.data import JsonlCorpus, TextCorpus
 from lmssl.tokenizer.load import Tokenizer
 
 
@@ -200,3 +201,30 @@ def test_read_chunk_of_nothing(tmp_path: Path) -> None:
 
 def test_hashes_ignore_surrounding_whitespace() -> None:
     assert text_hash(" a b\n") == text_hash("a b") != text_hash("a  b")
+
+
+@pytest.mark.parametrize("kind", ["sections", "whole"])
+def test_a_long_document_without_whitespace(open_cache: Any, tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    text = "".join(np.random.default_rng(2).choice(["stone", "river", "é", "moon", "x1"], 100_000).tolist())
+    path = tmp_path / "a.txt"
+    if kind == "sections":
+        path.write_text(text, encoding="utf-8")
+        corpus: Any = TextCorpus(name="a", kind="text", path=str(path))
+    else:
+        path.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+        corpus = JsonlCorpus(name="a", kind="jsonl", path=str(path))
+    cache, found, ids = open_cache(), [], []
+    for unit in list_units(corpus):
+        chunk = cache.get(unit, 0)
+        found += chunk.documents().tolist()
+        ids += content(chunk)
+    sizes = [row[1] for row in found]
+    raw = text.encode()
+    assert sum(sizes) == len(raw)
+    if kind == "whole":
+        assert ids == [tokenizer.backend.encode(text).ids]
+    else:
+        assert max(sizes) <= 65_536 * 3 // 2
+        starts = np.cumsum([0, *sizes]).tolist()
+        pieces = [raw[a:b].decode() for a, b in pairwise(starts)]
+        assert ids == [tokenizer.backend.encode(piece).ids for piece in pieces]

@@ -1,4 +1,6 @@
+import gzip
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,46 @@ def test_epochs_have_their_own_order(open_epochs: Callable[..., Epochs]) -> None
     entries(epochs, 2 * count)
     orders = [[epochs.plan(number).chunks for number in range(first, first + count)] for first in (0, count)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def test_epochs_passed_are_a_function_of_the_sequences_alone(open_epochs: Callable[..., Epochs]) -> None:
+    epochs, ahead = open_epochs(), open_epochs()
+    entries(ahead, 20)
+    found = [epochs.passed(k) for k in range(400)]
+    assert found == [ahead.passed(k) for k in range(400)]
+    assert found[0] == 0 and all(a < b for a, b in pairwise(found))
+    sizes = [sum(entry.num_sequences for entry in entries(ahead, 20) if entry.epoch == epoch) for epoch in (0, 1)]
+    assert epochs.passed(sizes[0]) == 1.0
+    assert epochs.passed(sizes[0] + sizes[1]) == 2.0
+    # Between whole epochs, bytes of text stand for sequences.
+    assert epochs.passed(sizes[0] // 2) == pytest.approx(0.5, abs=0.05)
+    assert epochs.passed(sizes[0] + sizes[1] // 4) == pytest.approx(1.25, abs=0.05)
+
+
+def test_the_estimate_of_an_epoch_takes_one_chunk(open_epochs: Callable[..., Epochs]) -> None:
+    epochs = open_epochs()
+    estimate = epochs.estimate_sequences()
+    assert len(entries(epochs, 1)) == 1
+    whole = open_epochs()
+    number = 0
+    while not whole.ensure(number).ends_epoch:
+        number += 1
+    exact = sum(entry.num_sequences for entry in entries(whole, number + 1))
+    assert estimate == pytest.approx(exact, rel=0.25)
+    assert whole.estimate_sequences() == estimate  # it depends on the first chunk, not on what is known by now
+
+
+def test_the_estimate_of_a_compressed_file(jsonl: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = jsonl(count=600)
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(str(corpus.path)).read_bytes()))
+    units = list_units(corpus.model_copy(update={"path": str(packed)}), chunk_bytes=4096)
+    assert len(units) == 1
+    cache = ChunkCache(tmp_path / "cache", tokenizer, max_bad_records=0, report=print, cancelled=lambda: False)
+    epochs = Epochs(units, cache, LAYOUT, Ledger([], {}), window_chunks=4, max_bad_records=0)
+    estimate, number = epochs.estimate_sequences(), 0
+    while not epochs.ensure(number).ends_epoch:
+        number += 1
+    exact = sum(entry.num_sequences for entry in entries(epochs, number + 1))
+    assert estimate == pytest.approx(exact, rel=0.25)
+    assert epochs.passed(exact // 2) == pytest.approx(0.5, abs=0.1)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_it_survives_the_disk(ledger: Ledger, tmp_path: Path) -> None:
     assert again.fingerprint == ledger.fingerprint
     assert (again.stages, again.settings) == (ledger.stages, ledger.settings)
     assert again.entries("a") == ledger.entries("a") and again.find("b", 3) == (0, 3)
+
+
+def test_a_ledger_from_before_filters_counts_none_dropped(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.save(tmp_path / "ledger.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    old = [{key: value for key, value in line.items() if not key.startswith("num_dropped")} for line in lines]
+    assert old[1:] != lines[1:]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    again = Ledger.load(tmp_path / "old.jsonl")
+    assert again.fingerprint == ledger.fingerprint
+    assert [found.num_dropped for found in again.entries("a")] == [0, 0, 0]
 
 
 def test_the_beginning_of_a_ledger(ledger: Ledger) -> None:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmssl.data.order import Mixture, Order, Stage, integer_shares, permutation
+from lmssl.data.order import Mixture, Order, Stage, integer_shares, kept_position, permutation, skipped_before
 
+RANGES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=5)
 SHARES = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)
 
 
@@ -66,6 +67,33 @@ def test_corpora_are_mixed_inside_a_block() -> None:
     mixture = Mixture((1, 1), 1000, (5,))
     labels = [mixture.locate(position)[0] for position in range(1000)]
     assert 400 < sum(a != b for a, b in pairwise(labels)) < 600
+
+
+def test_a_corpus_without_a_share_gets_nothing() -> None:
+    mixture = Mixture((0, 3, 0, 1, 0), 8, (1,))
+    assert mixture.count_before(2) == (0, 12, 0, 4, 0)
+    assert {mixture.locate(position)[0] for position in range(16)} == {1, 3}
+
+
+@given(RANGES)
+def test_kept_positions_are_those_outside_the_ranges(gaps: list[tuple[int, int]]) -> None:
+    skip, at = [], 0
+    for gap, length in gaps:
+        skip.append((at + gap, at + gap + length))
+        at += gap + length
+    left_out = {position for start, end in skip for position in range(start, end)}
+    kept = [position for position in range(at + 20) if position not in left_out]
+    assert [kept_position(k, skip) for k in range(len(kept))] == kept
+    for position in range(at + 5):
+        ranges = skipped_before(position, skip)
+        assert {p for start, end in ranges for p in range(start, end)} == {p for p in left_out if p < position}
+        assert all(end < start for (_, end), (start, _) in pairwise(ranges))  # ranges that touch are one
+
+
+def test_corpora_in_use_are_those_of_this_and_the_next_stage() -> None:
+    stages = [Stage(first, ("a", "b"), shares, 4, (0, 0)) for first, shares in ((0, (1, 0)), (8, (1, 0)), (16, (0, 1)))]
+    order = Order(stages, seed=1)
+    assert [order.in_use(position) for position in (7, 8, 16)] == [{"a"}, {"a", "b"}, {"b"}]
 
 
 def test_a_later_stage_continues_the_counts() -> None:

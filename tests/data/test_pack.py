@@ -82,6 +82,42 @@ def test_segments_of_a_sequence_stand_in_the_order_of_documents() -> None:
     assert packing.documents.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("kind", PACKINGS)
+@given(lengths=LENGTHS, sequence_length=SEQUENCE_LENGTHS)
+def test_starts_come_first_wherever_there_are_any(kind: str, lengths: list[int], sequence_length: int) -> None:
+    plain = PACKINGS[kind](lengths, sequence_length)
+    packing = plain.with_starts_first()
+    check(packing, lengths, sequence_length)
+    num_aligned = 0
+    for a, b in pairwise(packing.offsets):
+        starts = packing.starts[a:b] == 0
+        assert starts.tolist() == sorted(starts.tolist(), reverse=True)
+        num_aligned += bool(starts[0])
+        pieces = [
+            set(zip(p.documents[a:b].tolist(), p.starts[a:b].tolist(), p.lengths[a:b].tolist(), strict=True))
+            for p in (plain, packing)
+        ]
+        assert pieces[0] == pieces[1]
+        inside = packing.documents[a:b][~starts]
+        assert inside.tolist() == sorted(inside.tolist())
+        if kind == "best_fit" and not starts[0]:
+            assert all(lengths[document] > sequence_length for document in packing.documents[a:b])
+    assert packing.num_aligned == num_aligned >= plain.num_aligned
+
+
+def test_most_sequences_begin_with_a_document_when_starts_come_first() -> None:
+    lengths = np.random.Generator(np.random.Philox(1)).lognormal(5.5, 1.2, 5000).astype(int) + 1
+    best, concat = pack_best_fit(lengths, 1024), pack_concat(lengths, 1024)
+    share = {
+        "best_fit": best.num_aligned / best.num_sequences,
+        "best_fit aligned": best.with_starts_first().num_aligned / best.num_sequences,
+        "concat": concat.num_aligned / concat.num_sequences,
+        "concat aligned": concat.with_starts_first().num_aligned / concat.num_sequences,
+    }
+    assert share["concat"] < 0.01 and share["concat aligned"] > 0.7
+    assert share["best_fit aligned"] > 0.8 > share["best_fit"]
+
+
 def test_counts() -> None:
     packing = pack_best_fit([25, 3], 10)
     assert (packing.num_sequences, packing.num_padding, packing.num_cut_documents) == (3, 2, 1)

@@ -1,14 +1,17 @@
 import gzip
+import io
 import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmssl.data import readers
 from lmssl.data.readers import read_part
 from lmssl.data.records import BadRecord, Format, Item, Part, Record, file_version
 from lmssl.errors import DataError
@@ -154,3 +157,23 @@ def test_a_file_that_changed_since_it_was_listed(tmp_path: Path) -> None:
     path.write_text("another")
     with pytest.raises(DataError, match="changed after the corpus was listed"):
         list(read_part(Format("text", document="line"), part))
+
+
+def test_a_line_as_long_as_its_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * (8 << 20))
+    num_bytes: list[int] = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            count = super().readinto(buffer)
+            num_bytes.append(count)
+            return count
+
+    monkeypatch.setattr(readers, "open_bytes", lambda path: io.BufferedReader(Counted(path), 65_536))
+    ends = [*range(0, 8 << 20, 1 << 17), 8 << 20]
+    for document in ("line", "paragraph", "file"):
+        num_bytes.clear()
+        tiles = [read(Format("text", document=document), path, a, b) for a, b in pairwise(ends)]
+        assert [len(tile) for tile in tiles] == [1] + [0] * 63
+        assert sum(num_bytes) < 3 * (8 << 20)  # the record, and each range once, in whole buffers

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lmssl.data.cache import ChunkCache
 from lmssl.data.corpus import list_units
-from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan, is_held_out
+from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan
 from lmssl.errors import DataError
 from lmssl.tokenizer.load import Tokenizer
 
@@ -50,21 +48,6 @@ def test_the_order_depends_on_epoch_and_window(plan: WindowPlan) -> None:
         for epoch, number, seed in ((0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2))
     }
     assert len(firsts) > 1
-
-
-@given(st.integers(0, 2**40), st.floats(0.01, 0.99))
-def test_the_split_has_the_ratio_and_ignores_nothing(seed: int, ratio: float) -> None:
-    hashes = np.arange(20_000, dtype=np.uint64)
-    held_out = is_held_out(hashes, seed, ratio)
-    assert held_out.mean() == pytest.approx(ratio, abs=0.03)
-    assert not is_held_out(hashes, seed, 0.0).any()
-
-
-def test_splits_are_pinned_and_depend_on_the_seed() -> None:
-    hashes = np.arange(12, dtype=np.uint64)
-    assert np.flatnonzero(is_held_out(hashes, 1, 0.3)).tolist() == [6, 8, 9, 11]
-    assert not np.array_equal(is_held_out(hashes, 1, 0.5), is_held_out(hashes, 2, 0.5))
-    assert np.array_equal(is_held_out(hashes, 2**64 + 1, 0.3), is_held_out(hashes, 1, 0.3))
 
 
 def test_windows_are_kept_open(plan: WindowPlan) -> None:

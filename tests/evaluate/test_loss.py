@@ -90,6 +90,14 @@ def test_corpora_stand_apart_and_together() -> None:
     assert found[""].num_bytes == 140.0
 
 
+def test_what_stands_apart_does_not_count_in_the_whole() -> None:
+    batch, ours = packed(), module()
+    splits = {"a": [rows(batch, 0, 2)], "b": [rows(batch, 2, 4)]}
+    found = evaluate_loss(ours, CausalObjective(), splits, Accelerator(cpu=True), apart={"b"})
+    assert found[""] == found["a"]
+    assert found["b"].num_bytes == 50.0
+
+
 def test_leaves_the_module_as_it_was_and_keeps_no_gradients() -> None:
     ours = module()
     evaluate_loss(ours, CausalObjective(), {"a": [rows(packed(), 0, 4)]}, Accelerator(cpu=True))
@@ -100,4 +108,4 @@ def test_leaves_the_module_as_it_was_and_keeps_no_gradients() -> None:
 def test_nothing_to_divide_by_is_not_a_number() -> None:
     empty = LossResult(0.0, 0, 0.0)
     assert math.isnan(empty.loss)
-    assert math.isnan(empty.bits_per_byte)
+    assert empty.bits_per_byte is None

@@ -66,11 +66,19 @@ def test_control_tokens(file: Path, kind: str, objective: str, roles: set[str]) 
         ("mixture=[]", "mixture"),
         ("vocabulary=5", "vocabulary"),
         ("licence=''", "licence"),
+        ("extra_special_tokens=['']", "extra_special_tokens"),
+        ("extra_special_tokens=['<|pad|>']", "'<|pad|>' is a control token already"),
+        ("extra_special_tokens=['<a>','<a>']", "'<a>' is a control token already"),
     ],
 )
 def test_wrong_values_are_refused(file: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_build(file, [override])
+
+
+def test_extra_special_tokens_take_room(file: Path) -> None:
+    with pytest.raises(RecipeError, match="control tokens alone take 260"):
+        load_build(file, ["extra_special_tokens=['<a>','<b>']", "vocab_size=260"])
 
 
 def test_split_is_for_bpe(file: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from lmssl.errors import TokenizerError
+from lmssl.tokenizer.encode import Encoder
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
-from lmssl.tokenizer.train import train_tokenizer
+from lmssl.tokenizer.train import build_tokenizer, load_build, train_tokenizer
 
 
 def special(tokenizer: Tokenizer) -> list[str]:
@@ -33,6 +34,22 @@ def test_control_tokens_come_first(folders: dict[str, Path]) -> None:
         assert special(load_tokenizer(folders[name]))[:5] == masked
     assert special(load_tokenizer(folders["bpe-gpt2"]))[:2] == ["<|endoftext|>", "<|pad|>"]
     assert special(load_tokenizer(folders["wordpiece-lower"]))[:3] == ["<|endoftext|>", "<|pad|>", "<|unk|>"]
+
+
+@pytest.mark.parametrize("name", ["bpe-gpt2", "wordpiece", "unigram"])
+def test_extra_special_tokens_are_control_tokens(make: Any, texts: list[str], tmp_path: Path, name: str) -> None:
+    extra = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
+    build = make(name, extra_special_tokens=extra)
+    tokenizer = load_tokenizer(build_tokenizer(build, iter(texts), tmp_path / name))
+    count = len(set(build.control_tokens.values()))
+    assert special(tokenizer)[count : count + 3] == extra
+    assert [tokenizer.backend.token_to_id(text) for text in extra] == [count, count + 1, count + 2]
+    assert tokenizer.num_tokens == 512
+    assert load_build(tmp_path / name / "build.yaml") == build
+    assert all(f"`{text}`" in (tmp_path / name / "README.md").read_text() for text in extra)
+    # Text that looks like one stays text.
+    ids = Encoder(tokenizer, engine="reference").encode(["a <|fim_prefix|> b"]).ids.tolist()
+    assert not {count, count + 1, count + 2} & {*ids}
 
 
 def test_causal_ids(folders: dict[str, Path]) -> None:

@@ -1,0 +1,158 @@
+"""Weights -> stages: temperature, limits of epochs, and parts of the run that begin later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from lmssl.data.ledger import Ledger
+from lmssl.data.order import Order, Stage, exactly, integer_shares
+from lmssl.errors import DataError
+from lmssl.recipe.data import DataSection
+
+STAGES = "data.stages"
+"""Name of the setting in the ledger; the only one that may change while a run goes on, and only ahead of it."""
+
+_TEMPERED_DIGITS = 9
+"""Powers are rounded to so many digits: the last bits of a power differ between machines, shares must not."""
+
+
+def plan_stages(
+    section: DataSection,
+    weights: Sequence[float | int],
+    *,
+    seed: int,
+    num_positions: int | None = None,
+    batch_sequences: int = 1,
+    num_sequences: Callable[[str], int],
+    begun: Sequence[Stage] = (),
+) -> tuple[Stage, ...]:
+    """The stages that a recipe asks for; each corpus continues where the stage before left it.
+
+    A stage begins at position `from_tokens / sequence_length`, whatever `data.skip` leaves out. Where a corpus has
+    `max_epochs`, a stage gives it at most what earlier stages left of them.
+
+    Args:
+        weights: of the corpora in the first stage.
+        num_positions: positions of the run; None: limits of epochs are not applied.
+        batch_sequences: positions of one step, for the remedy of the error.
+        num_sequences: sequences of an epoch of a corpus, possibly estimated; asked only for corpora with a limit.
+        begun: stages that are kept as they are.
+
+    Raises:
+        DataError: the limits of epochs leave too little text for the run.
+    """
+    names = tuple(corpus.name for corpus in section.mixture)
+    limits = {corpus.name: corpus.max_epochs for corpus in section.mixture if corpus.max_epochs is not None}
+    starts = [0, *(stage.from_tokens // section.sequence_length for stage in section.stages)]
+    written = [list(weights), *([stage.weights.get(name, 0) for name in names] for stage in section.stages)]
+    stages = list(begun)
+    for number in range(len(stages), len(starts)):
+        first = starts[number]
+        before = Order(stages, seed).counts_before(first) if stages else dict.fromkeys(names, 0)
+        exact = tempered_weights(written[number], section.temperature)
+        if limits and num_positions is not None:
+            end = starts[number + 1] if number + 1 < len(starts) else num_positions
+            room = [
+                exactly(limits[name]) * num_sequences(name) - before[name] if name in limits and weight else None
+                for name, weight in zip(names, exact, strict=True)
+            ]
+            limited = limited_shares(exact, room, end - first)
+            if limited is None:
+                left = sum(max(count, Fraction(0)) for count in room if count is not None)
+                raise _too_little_text(first + int(left), section.sequence_length, batch_sequences)
+            exact = limited
+        counts = tuple(before[name] for name in names)
+        stages.append(Stage(first, names, integer_shares(exact), section.block_sequences, counts))
+    return tuple(stages)
+
+
+def stages_setting(section: DataSection) -> list[Any]:
+    """The stages as the ledger's settings hold them."""
+    return [[stage.from_tokens, dict(stage.weights)] for stage in section.stages]
+
+
+def begun_stages(ledger: Ledger, section: DataSection, read_positions: int | None) -> tuple[Stage, ...]:
+    """The stages of a ledger that a recipe may not change any more; all where it does not.
+
+    Args:
+        read_positions: where the run stands; None: every stage counts as begun.
+
+    Raises:
+        DataError: the recipe changes one of them.
+    """
+    then, now = ledger.settings.get(STAGES, []), stages_setting(section)
+    if then == now:
+        return ledger.stages
+
+    def is_begun(stage: list[Any]) -> bool:
+        return read_positions is None or stage[0] // section.sequence_length < read_positions
+
+    kept = [stage for stage in then if is_begun(stage)]
+    if kept != [stage for stage in now if is_begun(stage)]:
+        at = "the checkpoint" if read_positions is None else f"position {read_positions}"
+        tokens = "" if read_positions is None else f" (token {read_positions * section.sequence_length})"
+        raise DataError(
+            f"{STAGES} changed for a part of the run that lies before {at}{tokens}",
+            where=f"{STAGES}: {then} then, {now} now",
+            remedy="restore the stages before it; those that begin there or later may change",
+        )
+    return ledger.stages[: 1 + len(kept)]
+
+
+def tempered_weights(weights: Sequence[float | int], temperature: float | None) -> list[Fraction]:
+    """The weights to the power 1/temperature: 1 keeps their proportion, a high one makes corpora equal.
+
+    Source: Arivazhagan et al. 2019 (arXiv:1907.05019), section 3.1.
+    """
+    exact = [exactly(weight) for weight in weights]
+    if temperature is None:
+        return exact
+    total = sum(exact)
+    powers = [float(weight / total) ** (1 / temperature) for weight in exact]
+    return [Fraction(f"{power / sum(powers):.{_TEMPERED_DIGITS}g}") for power in powers]
+
+
+def limited_shares(
+    weights: Sequence[Fraction], room: Sequence[Fraction | None], num_positions: int
+) -> list[Fraction] | None:
+    """Shares, their sum 1, near the weights and of which none takes more sequences than it has room.
+
+    What a full corpus cannot take goes to the others in proportion to their weights, again and again until none is
+    too full.
+
+    Args:
+        room: sequences that each may take at most; None: any number.
+
+    Returns:
+        None where all rooms together are too small.
+    """
+    full: dict[int, Fraction] = {}
+    while True:
+        left = 1 - sum(full.values())
+        total = sum(weight for number, weight in enumerate(weights) if number not in full)
+        if not total and left:
+            return None
+        shares = [
+            full[number] if number in full else left * weight / total if weight else Fraction(0)
+            for number, weight in enumerate(weights)
+        ]
+        over = {
+            number: max(most, Fraction(0)) / num_positions
+            for number, most in enumerate(room)
+            if most is not None and number not in full and shares[number] * num_positions > most
+        }
+        if not over:
+            return shares
+        full |= over
+
+
+def _too_little_text(num_positions: int, sequence_length: int, batch_sequences: int) -> DataError:
+    possible = num_positions // batch_sequences * batch_sequences * sequence_length
+    lower = f"lower train.tokens to at most {possible}, " if possible else ""
+    return DataError(
+        f"every corpus has a limit of epochs, and together they last for {num_positions * sequence_length} tokens only",
+        where="data.mixture, max_epochs",
+        remedy=f"{lower}raise max_epochs, or add text",
+    )

@@ -1,0 +1,250 @@
+"""Tokenize a recipe's corpora into the cache before a run: in several processes, on several machines.
+
+Every chunk is built under its own lock and renamed into place, so any number of `prepare` and `train` processes
+may share a cache, and one that is killed loses the chunk in work at most.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lmssl.data.cache import ChunkCache
+from lmssl.data.corpus import Unit, check_first_record, list_units
+from lmssl.data.remote import RemoteFiles
+from lmssl.data.stream import evaluation_text
+from lmssl.errors import DataError
+from lmssl.recipe.data import DataSection
+from lmssl.recipe.sections import Recipe
+from lmssl.shipped import find
+from lmssl.tokenizer.load import load_tokenizer
+
+_LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What some units turned into."""
+
+    num_chunks: int = 0
+    num_built: int = 0
+    """Chunks that were not there before."""
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    """Bytes of text."""
+    num_bad: int = 0
+    built_tokens: int = 0
+    """Tokens of the chunks that were built."""
+
+    def __add__(self, other: Prepared) -> Prepared:
+        values = (getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        return Prepared(*values)
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    rank: int,
+    world_size: int,
+    workers: int,
+    clock: Callable[[], float],
+    report: Callable[[str], None],
+    console: Console | None,
+) -> Prepared:
+    """Build every chunk of every corpus; returns the sums over all units, built here or elsewhere.
+
+    Each rank begins at its own share and then goes through the others', so that slow ranks are helped. What another
+    process has in work is waited for.
+
+    Args:
+        workers: processes of this rank; 1 builds in this one.
+        clock: seconds.
+        report: receives one line per event worth knowing.
+        console: where progress is shown; None: nowhere.
+    Raises:
+        DataError: a corpus cannot be read, has too many bad records, or the cache cannot be written.
+    """
+    section = recipe.data
+    remote = RemoteFiles(Path(section.cache).expanduser() / "remote", section.remote_cache_bytes)
+    listed = [list_units(corpus, chunk_bytes=section.chunk_bytes, remote=remote) for corpus in section.mixture]
+    for corpus_units in listed:
+        check_first_record(corpus_units)
+    units = [unit for corpus_units in listed for unit in corpus_units]
+    first = len(units) * rank // world_size
+    own = units[first:] + units[:first]
+    settings = _Settings(find(recipe.tokenizer.path), section)
+    progress = _Progress(sum(unit.num_bytes for unit in units), clock, console)
+    if workers == 1:
+        cache = settings.open(report)
+        done = ((unit, prepare_unit(cache, unit)) for unit in own)
+        return _follow(done, units, section.max_bad_records, progress)
+    with _Pool(settings, workers) as pool:
+        return _follow(pool.run(own), units, section.max_bad_records, progress)
+
+
+def prepare_unit(cache: ChunkCache, unit: Unit) -> Prepared:
+    """Build what is missing of one unit; chunks on disk are not read again, but to look for evaluation text."""
+    total, index, is_last = Prepared(), 0, False
+    while not is_last:
+        before = cache.num_built
+        meta = (cache.peek(unit, index) or cache.get(unit, index)).meta
+        is_new = cache.num_built > before
+        total += Prepared(
+            num_chunks=1,
+            num_built=int(is_new),
+            num_documents=meta.num_documents,
+            num_tokens=meta.num_tokens,
+            num_bytes=meta.num_bytes,
+            num_bad=meta.num_bad,
+            built_tokens=meta.num_tokens if is_new else 0,
+        )
+        index, is_last = index + 1, meta.is_last
+    return total
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a process needs to open the cache."""
+
+    tokenizer: Path
+    section: DataSection
+
+    def open(self, report: Callable[[str], None]) -> ChunkCache:
+        return ChunkCache(
+            Path(self.section.cache).expanduser(),
+            load_tokenizer(self.tokenizer),
+            max_bad_records=self.section.max_bad_records,
+            report=report,
+            cancelled=_never,
+            evaluation=evaluation_text(self.section, report),
+        )
+
+
+def _never() -> bool:
+    return False
+
+
+class _Pool:
+    """Processes that build units; leaving it early drops what has not begun."""
+
+    def __init__(self, settings: _Settings, workers: int) -> None:
+        self._workers = workers
+        self._executor = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_open_worker, initargs=(settings,)
+        )
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Prepared]]:
+        """Results as they come; a few units wait in front of the processes, the rest here."""
+        waiting = iter(units)
+        running: dict[Future[Prepared], Unit] = {}
+        for unit in waiting:
+            running[self._executor.submit(_in_worker, unit)] = unit
+            if len(running) < 2 * self._workers:
+                continue
+            yield from self._finished(running)
+        while running:
+            yield from self._finished(running)
+
+    def _finished(self, running: dict[Future[Prepared], Unit]) -> Iterator[tuple[Unit, Prepared]]:
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                yield running.pop(future), future.result()
+            except RuntimeError as error:  # BrokenProcessPool is one
+                raise DataError(
+                    f"a process that tokenizes died: {error}",
+                    where="lmssl prepare --workers",
+                    remedy="look for an out-of-memory message of the system; fewer workers take less memory; "
+                    "what was built is kept",
+                ) from error
+
+
+_cache: ChunkCache | None = None
+"""The cache of a worker process: opened once, because its tokenizer takes a second to load."""
+
+
+def _open_worker(settings: _Settings) -> None:
+    global _cache
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it and lets the chunk in work be finished
+    _cache = settings.open(print)
+
+
+def _in_worker(unit: Unit) -> Prepared:
+    assert _cache is not None
+    return prepare_unit(_cache, unit)
+
+
+def _follow(
+    results: Iterable[tuple[Unit, Prepared]], units: Sequence[Unit], max_bad_records: int, progress: _Progress
+) -> Prepared:
+    """Sum the results and show how far they are."""
+    total, num_bad = Prepared(), dict.fromkeys((unit.corpus for unit in units), 0)
+    with progress:
+        for unit, prepared in results:
+            total += prepared
+            num_bad[unit.corpus] += prepared.num_bad
+            if num_bad[unit.corpus] > max_bad_records:
+                raise DataError(
+                    f"corpus {unit.corpus!r} has more than {max_bad_records} unreadable records",
+                    where=unit.parts[0].path,
+                    remedy="repair the file, or raise data.max_bad_records to leave such records out",
+                )
+            progress.advance(unit.num_bytes, total)
+    return total
+
+
+class _Progress:
+    """One live line on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, num_bytes: int, clock: Callable[[], float], console: Console | None) -> None:
+        self._num_bytes = max(1, num_bytes)
+        self._console = console
+        self._live = console is not None and console.is_terminal
+        self._done = 0
+        self._clock = clock
+        self._began = self._said = clock()
+        self._bar = Progress(
+            TextColumn("tokenizing"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("prepare", total=self._num_bytes, rate="")
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, num_bytes: int, total: Prepared) -> None:
+        """Show that so many more bytes are done."""
+        self._done += num_bytes
+        now = self._clock()
+        rate = f"{total.built_tokens / max(1e-9, now - self._began) / 1e6:.2f} M tokens/s"
+        if self._live:
+            self._bar.update(self._task, completed=self._done, rate=rate)
+        elif self._console is not None and now - self._said >= _LINE_SECONDS:
+            self._said = now
+            left = (now - self._began) * (self._num_bytes - self._done) / max(1, self._done)
+            share = self._done / self._num_bytes
+            self._console.print(f"tokenizing {share:4.0%}  {rate}  eta {max(0.0, left):.0f} s", highlight=False)

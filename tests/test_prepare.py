@@ -1,0 +1,140 @@
+"""`lmssl prepare`: everything is built once, whoever builds it and however often it is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmssl.cli import main
+from lmssl.data.stream import SequenceStream
+from lmssl.errors import DataError
+from lmssl.prepare import Prepared, prepare
+from lmssl.recipe.load import load_recipe
+from lmssl.recipe.sections import Recipe
+from lmssl.tokenizer.load import load_tokenizer
+from tests.runs import small_recipe, write_recipe
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A recipe over 40 files that make about as many chunks."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(40):
+        lines = [f"file {i} line {j} says {i * j % 97} and nothing else\n\n" for j in range(60)]
+        (folder / f"{i:02}.txt").write_text("".join(lines), encoding="utf-8")
+    recipe = small_recipe(folder, tmp_path / "run", tmp_path / "cache")
+    recipe["data"]["chunk_bytes"] = 2048
+    return write_recipe(tmp_path / "recipe.yaml", recipe)
+
+
+def run(recipe: Recipe, *, rank: int = 0, world_size: int = 1, workers: int = 1) -> Prepared:
+    lines: list[str] = []
+    found = prepare(
+        recipe,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        clock=time.monotonic,
+        report=lines.append,
+        console=None,
+    )
+    assert lines == []
+    return found
+
+
+def chunks(recipe: Recipe) -> dict[str, int]:
+    """Chunk folders of the cache, with the time at which each was finished."""
+    return {str(file.parent): file.stat().st_mtime_ns for file in Path(recipe.data.cache).rglob("meta.json")}
+
+
+def test_everything_is_built_once(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    first = run(recipe)
+    assert first.num_built == first.num_chunks == len(chunks(recipe)) > 20
+    assert first.built_tokens == first.num_tokens > 0
+    there = chunks(recipe)
+    again = run(recipe)
+    assert (again.num_built, again.num_chunks, again.num_tokens) == (0, first.num_chunks, first.num_tokens)
+    assert chunks(recipe) == there
+
+
+def test_a_run_finds_what_was_prepared(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    found = run(recipe, workers=2)
+    there = chunks(recipe)
+    tokenizer = load_tokenizer(Path(recipe.tokenizer.path))
+    stream = SequenceStream.open(recipe.data, tokenizer, seed=1, cache_dir=Path(recipe.data.cache))
+    stream.num_sequences_per_epoch()
+    held_out = sum(split.num_bytes for split in stream.validation()) if recipe.data.validation else 0
+    assert stream.totals().num_bytes + held_out <= found.num_bytes
+    assert chunks(recipe) == there
+
+
+def test_ranks_share_the_work(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    environment = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "lmssl", "prepare", str(path), "--workers", "1"]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert said[1] == ""
+    assert f"{len(chunks(recipe))} chunks" in said[0]
+    assert not list(Path(recipe.data.cache).rglob(".tmp-*"))
+    assert run(recipe).num_built == 0
+
+
+def test_a_rank_begins_at_its_own_share(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    assert run(recipe, rank=1, world_size=2).num_built == run(recipe, rank=0, world_size=2).num_chunks
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_stopping_loses_at_most_the_chunk_in_work(path: Path, signal_number: int) -> None:
+    recipe = load_recipe(path).recipe
+    command = [sys.executable, "-m", "lmssl", "prepare", str(path), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while len(chunks(recipe)) < 3 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(signal_number)
+    complaint = process.communicate(timeout=60)[1]
+    if signal_number == signal.SIGINT and process.returncode:
+        assert "Traceback" not in complaint
+        assert not list(Path(recipe.data.cache).rglob(".tmp-*"))
+    there = chunks(recipe)
+    after = run(recipe)
+    assert after.num_built == after.num_chunks - len(there)
+    assert chunks(recipe).items() >= there.items()
+    assert not [folder for folder in Path(recipe.data.cache).rglob(".tmp-*") if (folder / "meta.json").exists()]
+
+
+def test_bad_records_beyond_the_limit_stop_it(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(4):
+        good = json.dumps({"text": f"line {i} is good"})
+        (folder / f"{i}.jsonl").write_text(f"{good}\nnot json\n{good}\n", encoding="utf-8")
+    recipe = small_recipe(folder, tmp_path / "run", tmp_path / "cache")
+    recipe["data"]["mixture"] = [{"name": "lines", "kind": "jsonl", "path": str(folder)}]
+    recipe["data"] |= {"max_bad_records": 3, "chunk_bytes": 1024}
+    loaded = load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)).recipe
+    with pytest.raises(DataError, match="more than 3 unreadable records"):
+        run(loaded)
+    recipe["data"]["max_bad_records"] = 4
+    assert run(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)).recipe).num_bad == 4
+
+
+def test_zero_workers_are_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(path), "--workers", "0"]) == 2
+    assert "--workers" in capsys.readouterr().err
