@@ -7,25 +7,19 @@ Prints one JSON line with seconds and tokens.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from itertools import chain
 from typing import Any
 
+from arguments import parse
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
 
 def main() -> None:
     """Tokenize and group, written to Arrow files."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("tokenizer")
-    parser.add_argument("text")
-    parser.add_argument("out")
-    parser.add_argument("--sequence-length", type=int, required=True)
-    parser.add_argument("--processes", type=int, required=True)
-    args = parser.parse_args()
+    args = parse(reads=False)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     started = time.perf_counter()
     raw = load_dataset("json", data_files=args.text, split="train", cache_dir=args.out)

@@ -7,7 +7,6 @@ Prints one JSON line with seconds and tokens.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from arguments import parse
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
@@ -22,13 +22,7 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 
 def main() -> None:
     """Tokenize a folder of JSONL files."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("tokenizer")
-    parser.add_argument("text")
-    parser.add_argument("out")
-    parser.add_argument("--sequence-length", type=int, required=True)
-    parser.add_argument("--processes", type=int, required=True)
-    args = parser.parse_args()
+    args = parse(reads=False)
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         LocalPipelineExecutor(

@@ -7,7 +7,6 @@ Prints one JSON line with seconds, tokens and the rate of random reading.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from arguments import parse
 from litdata import StreamingDataset, TokensLoader, optimize
 from transformers import AutoTokenizer
 
@@ -31,14 +31,7 @@ def tokenize(part: tuple[str, int, int], tokenizer: Any) -> Iterator[torch.Tenso
 
 def main() -> None:
     """Write and read."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("tokenizer")
-    parser.add_argument("text")
-    parser.add_argument("out")
-    parser.add_argument("--sequence-length", type=int, required=True)
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--reads", type=int, default=2000)
-    args = parser.parse_args()
+    args = parse(reads=True)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     started = time.perf_counter()
     optimize(

@@ -7,7 +7,6 @@ Prints one JSON line with seconds, tokens and the rate of random reading.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import parse
 from streaming import LocalDataset, MDSWriter
 from transformers import AutoTokenizer
 
@@ -43,14 +43,7 @@ def write(args: Any, number: int, counts: Any) -> None:
 
 def main() -> None:
     """Write and read."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("tokenizer")
-    parser.add_argument("text")
-    parser.add_argument("out")
-    parser.add_argument("--sequence-length", type=int, required=True)
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--reads", type=int, default=2000)
-    args = parser.parse_args()
+    args = parse(reads=True)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     counts: Any = Queue()
     started = time.perf_counter()

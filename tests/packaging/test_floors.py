@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -82,9 +83,13 @@ def test_a_run_at_the_floors(python: Path, root: Path, tmp_path: Path) -> None:
         cwd=root,
     )
     _run(python, "-m", "lmssl", "export", tmp_path / "run", cwd=root)
+    assert (tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").is_file()
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "run" / "export").iterdir()}
 
 
 def test_unit_tests_at_the_floors(python: Path, root: Path) -> None:
     # Old versions warn about their own dependencies' newer ones; that is nothing this project can mend.
     quiet = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "-m", "not slow"]
-    _run(python, "-m", "pytest", *quiet, "tests/recipe", "tests/data", cwd=root)
+    summary = _run(python, "-m", "pytest", *quiet, "tests/recipe", "tests/data", cwd=root).splitlines()[-1]
+    found = re.match(r"(\d+) passed", summary)
+    assert found and int(found[1]) > 100 and "failed" not in summary, summary

@@ -89,5 +89,8 @@ def test_demo_in_an_empty_folder(bin_folder: Path, empty: Path) -> None:
         "ids = model.generate(**prompt, min_new_tokens=8, max_new_tokens=8, do_sample=False)\n"
         "assert ids.shape == (1, prompt['input_ids'].shape[1] + 8), ids.shape\n"
         "assert 'lmssl' not in sys.modules\n"
+        "print(*ids[0].tolist())\n"
     )
-    _run([sys.executable, "-c", code, "runs/demo/export"], empty)
+    export = empty / "runs" / "demo" / "export"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in export.iterdir()}
+    assert len(_run([sys.executable, "-c", code, export], empty).split()) > 8
