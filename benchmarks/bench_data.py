@@ -10,8 +10,10 @@ and cores; rounds run A B C A B C. Peers live in an environment of their own, wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -28,7 +30,13 @@ import zstandard
 from bench_train import machine
 
 HERE = Path(__file__).parent
-OURS = {"lmssl, .txt": "txt", "lmssl, .jsonl": "jsonl", "lmssl, .jsonl.zst": "zst", "raw engine, text in memory": "raw"}
+OURS = {
+    "lmssl, .txt": "txt",
+    "lmssl, .jsonl": "jsonl",
+    "lmssl, .jsonl.zst": "zst",
+    "lmssl, .txt, documents of 1 KiB": "short",
+    "raw engine, text in memory": "raw",
+}
 PEERS = {
     "datasets.map + group_texts": "data_datasets.py",
     "litdata optimize": "data_litdata.py",
@@ -36,6 +44,8 @@ PEERS = {
     "datatrove DocumentTokenizer": "data_datatrove.py",
 }
 BASELINE = "datasets.map + group_texts"
+_READ_BATCH = 32
+"""Sequences that are asked for together."""
 
 
 def write_text(source: Path, folder: Path, processes: int) -> int:
@@ -64,8 +74,11 @@ def ours(form: str, folder: Path, out: Path, args: argparse.Namespace) -> dict[s
     from lmssl.recipe.load import load_recipe
     from lmssl.tokenizer.load import load_tokenizer
 
+    with contextlib.suppress(ImportError):
+        importlib.import_module("awkward")  # gigatoken's results; imports are not counted
     corpus = {
         "txt": {"kind": "text", "path": str(folder / "txt")},
+        "short": {"kind": "text", "path": str(folder / "txt"), "section_bytes": 1024},
         "jsonl": {"kind": "jsonl", "path": str(folder / "text.jsonl")},
         "zst": {"kind": "jsonl", "path": str(folder / "text.jsonl.zst")},
     }[form]
@@ -91,11 +104,11 @@ def read_rate(stream: Any, count: int, args: argparse.Namespace) -> float:
     """Tokens per second of sequences at random positions, as int64 with segments, on one core."""
     order = random.Random(1)
     positions = [order.randrange(count) for _ in range(args.reads)]
-    for position in range(0, count, max(1, count // 500)):
-        stream.sequence(position)  # every window is open
+    stream.sequences(range(0, count, max(1, count // 500)))  # every window is open
+    batches = [positions[i : i + _READ_BATCH] for i in range(0, len(positions), _READ_BATCH)]
     began = time.perf_counter()
-    for position in positions:
-        stream.sequence(position)
+    for batch in batches:
+        stream.sequences(batch)
     return float(len(positions) * args.sequence_length / (time.perf_counter() - began))
 
 
@@ -131,12 +144,20 @@ def raw(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from lmssl.tokenizer.load import load_tokenizer
 
     encoder = Encoder(load_tokenizer(Path(args.tokenizer)), report=complain)
-    engine = encoder._fast or encoder._reference
-    texts = [path.read_text(encoding="utf-8") for path in sorted((folder / "txt").iterdir())]
+    texts: list[Any] = [path.read_bytes() for path in sorted((folder / "txt").iterdir())]
+    backend = (encoder._fast or encoder._reference)._backend  # type: ignore[attr-defined]
+    if encoder.engine != "gigatoken":  # the others take no bytes
+        texts = [text.decode() for text in texts]
     tokens = 0
     started = time.perf_counter()
     for start in range(0, len(texts), 64):
-        tokens += len(engine.encode(texts[start : start + 64]).ids)
+        batch = texts[start : start + 64]
+        if encoder.engine == "gigatoken":
+            tokens += len(backend.encode_batch(batch).layout.content.data)
+        elif encoder.engine == "tokie":
+            tokens += len(backend.encode_batch_flat(batch, add_special_tokens=False)[0])
+        else:
+            tokens += sum(len(found.ids) for found in backend.encode_batch_fast(batch, add_special_tokens=False))
     return {"seconds": time.perf_counter() - started, "tokens": tokens, "engine": encoder.engine}
 
 

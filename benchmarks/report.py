@@ -81,7 +81,25 @@ def data(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(record)])
 
 
-TABLES = {"train": train, "startup": startup, "data": data}
+def start(record: dict[str, Any]) -> str:
+    """Seconds to the first batch and peak memory."""
+    text = record["text"]
+    lines = [
+        "## Data, time to the first batch and memory\n",
+        f"{text['bytes'] / 1e6:,.0f} MB of text ({text['name']}) as JSON lines, and a tenth of it (small); sequences "
+        f"of {record['sequence_length']:,} tokens, batches of 8; far position: {record['position']:,}. Fresh processes; "
+        "the first batch is timed from opening the recipe on, with torch imported, whose memory is included there; `lmssl "
+        "prepare` runs without torch, and the memory is that of its largest process.\n",
+        "| what | seconds | peak memory, MB |",
+        "| --- | --- | --- |",
+    ]
+    for name, rows in record["rows"].items():
+        memory = spread([row["memory_bytes"] / 1e6 for row in rows], ",.0f")
+        lines.append(f"| {name} | {spread([row['seconds'] for row in rows], '.2f')} | {memory} |")
+    return "\n".join([*lines, "", where(record)])
+
+
+TABLES = {"train": train, "startup": startup, "data": data, "start": start}
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. [default: the first free one of runs/demo, runs/demo-2, ...]")
+        Path | None, typer.Option(help=r"Run folder. \[default: the first free one of runs/demo, runs/demo-2, ...]")
     ] = None,
 ) -> None:
     """Pretrain a small model on Python's own documentation, export it and let it speak."""
@@ -74,7 +74,7 @@ def demo(
 def tokenizer(
     build: Annotated[Path, typer.Argument(metavar="BUILD", help="A build file, such as tokenizer/bpe-4k/build.yaml.")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: tokenizer/<name>]")] = None,
+    out: Annotated[Path | None, typer.Option(help=r"Folder to write. \[default: tokenizer/<name>]")] = None,
 ) -> None:
     """Train a tokenizer and write it as a folder that AutoTokenizer reads."""
     from lmssl.data.corpus import read_texts
@@ -94,7 +94,7 @@ def prepare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: one per core, divided among launched ranks]")
+        int | None, typer.Option(min=1, help=r"Processes. \[default: one per core, divided among launched ranks]")
     ] = None,
 ) -> None:
     """Tokenize the corpora of a recipe into the cache; under accelerate launch or torchrun all ranks share the work."""
@@ -175,11 +175,17 @@ def data(
         str | None, typer.Option("--find", metavar="TEXT", help="Say which positions hold documents with a text.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Count the first epoch; tokenizes all of it.")] = False,
-    count: Annotated[int | None, typer.Option(help="Sequences to print. [default: 1, or the step's batch]")] = None,
-    split: Annotated[str, typer.Option(help="train, or validation: --position counts held-out sequences.")] = "train",
+    count: Annotated[int | None, typer.Option(help=r"Sequences to print. \[default: 1, or the step's batch]")] = None,
+    split: Annotated[
+        str,
+        typer.Option(help="train, validation (held-out sequences) or one of validation.sets; --position counts in it."),
+    ] = "train",
     limit: Annotated[int, typer.Option(help="Documents that --find lists.")] = 20,
     full: Annotated[bool, typer.Option("--full", help="Print texts in full.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="PAGE", help="With --stats: write them as an HTML page as well.")
+    ] = None,
 ) -> None:
     """Show the data of a run: any position or step with its sources, where a text is, what an epoch holds."""
     from lmssl.recipe.load import load_recipe
@@ -187,12 +193,12 @@ def data(
     from lmssl.trace import Question, answer
 
     loaded = load_recipe(find(recipe), overrides or ())
-    answer(loaded.recipe, Question(position, step, text, stats, count, split, limit, full, as_json))
+    answer(loaded.recipe, Question(position, step, text, stats, count, split, limit, full, as_json, html))
 
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option(help="File to write. [default: print it]")] = None,
+    out: Annotated[Path | None, typer.Option(help=r"File to write. \[default: print it]")] = None,
 ) -> None:
     """Write the JSON Schema of a recipe, which lets editors complete and check recipes."""
     from lmssl.recipe.schema import schema_text
@@ -211,8 +217,8 @@ def schema(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/gpt-10m.")],
-    step: Annotated[int | None, typer.Option(help="Which checkpoint. [default: the newest]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: RUN/export]")] = None,
+    step: Annotated[int | None, typer.Option(help=r"Which checkpoint. \[default: the newest]")] = None,
+    out: Annotated[Path | None, typer.Option(help=r"Folder to write. \[default: RUN/export]")] = None,
 ) -> None:
     """Write a checkpoint as a folder for AutoModelForCausalLM, proven equal in a fresh process."""
     from lmssl.export import export_run

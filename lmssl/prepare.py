@@ -7,8 +7,10 @@ may share a cache, and one that is killed loses the chunk in work at most.
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lmssl.data.cache import ChunkCache
+from lmssl.data.cache import ChunkCache, Claim
+from lmssl.data.chunk import Chunk
 from lmssl.data.corpus import Unit, check_first_record, list_units
 from lmssl.data.remote import RemoteFiles
 from lmssl.data.stream import evaluation_text
@@ -27,6 +30,10 @@ from lmssl.shipped import find
 from lmssl.tokenizer.load import load_tokenizer
 
 _LINE_SECONDS = 10.0
+_MAX_THREADS = 4
+"""Threads of one process that build; the encoder uses all cores anyway, and reading JSON holds the interpreter."""
+_MIN_POOL_BYTES = 512 << 20
+"""Text that is worth the start of further processes, which do a fifth less work than threads."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def prepare(
     process has in work is waited for.
 
     Args:
-        workers: processes of this rank; 1 builds in this one.
+        workers: cores of this rank to use; 1 builds in this thread.
         clock: seconds.
         report: receives one line per event worth knowing.
         console: where progress is shown; None: nowhere.
@@ -81,33 +88,77 @@ def prepare(
     first = len(units) * rank // world_size
     own = units[first:] + units[:first]
     settings = _Settings(find(recipe.tokenizer.path), section)
-    progress = _Progress(sum(unit.num_bytes for unit in units), clock, console)
-    if workers == 1:
-        cache = settings.open(report)
-        done = ((unit, prepare_unit(cache, unit)) for unit in own)
+    num_bytes = sum(unit.num_bytes for unit in units)
+    progress = _Progress(num_bytes, clock, console)
+    if workers == 1 or num_bytes < _MIN_POOL_BYTES or len(units) < 2 * workers:
+        threads = 1 if workers == 1 else min(workers, _MAX_THREADS) + 1
+        done = build_units(settings.open(report, all_cores=True), own, threads=threads)
         return _follow(done, units, section.max_bad_records, progress)
-    with _Pool(settings, workers) as pool:
-        return _follow(pool.run(own), units, section.max_bad_records, progress)
+    with _Pool(settings, workers - 1) as pool:
+        done = pool.run(own, settings.open(report, all_cores=False))
+        return _follow(done, units, section.max_bad_records, progress)
 
 
-def prepare_unit(cache: ChunkCache, unit: Unit) -> Prepared:
-    """Build what is missing of one unit; chunks on disk are not read again, but to look for evaluation text."""
-    total, index, is_last = Prepared(), 0, False
-    while not is_last:
-        before = cache.num_built
-        meta = (cache.peek(unit, index) or cache.get(unit, index)).meta
-        is_new = cache.num_built > before
-        total += Prepared(
-            num_chunks=1,
-            num_built=int(is_new),
-            num_documents=meta.num_documents,
-            num_tokens=meta.num_tokens,
-            num_bytes=meta.num_bytes,
-            num_bad=meta.num_bad,
-            built_tokens=meta.num_tokens if is_new else 0,
-        )
-        index, is_last = index + 1, meta.is_last
-    return total
+def build_units(cache: ChunkCache, units: Iterable[Unit], *, threads: int) -> Iterator[tuple[Unit, Prepared]]:
+    """Build what is missing of some units, and yield each unit with the counts of each of its chunks.
+
+    This thread reads; with more than one, the others build chunks meanwhile. Chunks on disk are not read again, but to
+    look for evaluation text.
+    """
+    if threads == 1:
+        for unit, found in _missing(cache, units):
+            yield unit, _counts(found)
+        return
+    running: dict[Future[Prepared], Unit] = {}
+    with ThreadPoolExecutor(threads - 1) as executor:
+        for unit, found in _missing(cache, units):
+            if isinstance(found, Chunk):
+                yield unit, _counts(found)
+                continue
+            running[executor.submit(_counts, found)] = unit
+            if len(running) > threads:
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
+
+
+def _missing(cache: ChunkCache, units: Iterable[Unit]) -> Iterator[tuple[Unit, Chunk | Claim]]:
+    """The chunks of some units: as they are on disk, or the text of each one more to build."""
+    for unit in units:
+        index, is_last = 0, False
+        while not is_last:
+            found = cache.peek(unit, index) or cache.claim(unit, index)
+            is_last = found.meta.is_last if isinstance(found, Chunk) else found.is_last
+            yield unit, found
+            index += 1
+
+
+def _counts(found: Chunk | Claim) -> Prepared:
+    is_new = isinstance(found, Claim) and found.is_new
+    meta = found.build().meta if isinstance(found, Claim) else found.meta
+    return Prepared(
+        num_chunks=1,
+        num_built=int(is_new),
+        num_documents=meta.num_documents,
+        num_tokens=meta.num_tokens,
+        num_bytes=meta.num_bytes,
+        num_bad=meta.num_bad,
+        built_tokens=meta.num_tokens if is_new else 0,
+    )
+
+
+def _finished(running: dict[Future[Prepared], Unit], timeout: float | None = None) -> Iterator[tuple[Unit, Prepared]]:
+    done, _ = wait(running, timeout, return_when=FIRST_COMPLETED)
+    for future in done:
+        try:
+            yield running.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a process that tokenizes died: {error}",
+                where="lmssl prepare --workers",
+                remedy="look for an out-of-memory message of the system; fewer workers take less memory; "
+                "what was built is kept",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -117,7 +168,7 @@ class _Settings:
     tokenizer: Path
     section: DataSection
 
-    def open(self, report: Callable[[str], None]) -> ChunkCache:
+    def open(self, report: Callable[[str], None], *, all_cores: bool) -> ChunkCache:
         return ChunkCache(
             Path(self.section.cache).expanduser(),
             load_tokenizer(self.tokenizer),
@@ -125,6 +176,7 @@ class _Settings:
             report=report,
             cancelled=_never,
             evaluation=evaluation_text(self.section, report),
+            all_cores=all_cores,
         )
 
 
@@ -135,10 +187,10 @@ def _never() -> bool:
 class _Pool:
     """Processes that build units; leaving it early drops what has not begun."""
 
-    def __init__(self, settings: _Settings, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, settings: _Settings, processes: int) -> None:
+        self._processes = processes
         self._executor = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_open_worker, initargs=(settings,)
+            processes, mp_context=get_context("spawn"), initializer=_open_worker, initargs=(settings,)
         )
 
     def __enter__(self) -> _Pool:
@@ -147,30 +199,17 @@ class _Pool:
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Prepared]]:
-        """Results as they come; a few units wait in front of the processes, the rest here."""
-        waiting = iter(units)
+    def run(self, units: Sequence[Unit], cache: ChunkCache) -> Iterator[tuple[Unit, Prepared]]:
+        """Results as they come; a few units wait in front of the processes, and this one builds as well."""
+        waiting = deque(units)
         running: dict[Future[Prepared], Unit] = {}
-        for unit in waiting:
-            running[self._executor.submit(_in_worker, unit)] = unit
-            if len(running) < 2 * self._workers:
-                continue
-            yield from self._finished(running)
-        while running:
-            yield from self._finished(running)
-
-    def _finished(self, running: dict[Future[Prepared], Unit]) -> Iterator[tuple[Unit, Prepared]]:
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            try:
-                yield running.pop(future), future.result()
-            except RuntimeError as error:  # BrokenProcessPool is one
-                raise DataError(
-                    f"a process that tokenizes died: {error}",
-                    where="lmssl prepare --workers",
-                    remedy="look for an out-of-memory message of the system; fewer workers take less memory; "
-                    "what was built is kept",
-                ) from error
+        while waiting or running:
+            while waiting and len(running) < 2 * self._processes:
+                unit = waiting.popleft()
+                running[self._executor.submit(_in_worker, unit)] = unit
+            if waiting:
+                yield from build_units(cache, [waiting.popleft()], threads=1)
+            yield from _finished(running, timeout=0 if waiting else None)
 
 
 _cache: ChunkCache | None = None
@@ -180,12 +219,12 @@ _cache: ChunkCache | None = None
 def _open_worker(settings: _Settings) -> None:
     global _cache
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it and lets the chunk in work be finished
-    _cache = settings.open(print)
+    _cache = settings.open(print, all_cores=False)
 
 
 def _in_worker(unit: Unit) -> Prepared:
     assert _cache is not None
-    return prepare_unit(_cache, unit)
+    return sum((prepared for _, prepared in build_units(_cache, [unit], threads=1)), Prepared())
 
 
 def _follow(
@@ -203,7 +242,8 @@ def _follow(
                     where=unit.parts[0].path,
                     remedy="repair the file, or raise data.max_bad_records to leave such records out",
                 )
-            progress.advance(unit.num_bytes, total)
+            # Of a unit of one chunk the size is known better than the text that was found in it.
+            progress.advance(unit.num_bytes if unit.chunk_bytes is None else prepared.num_bytes, total)
     return total
 
 
@@ -246,5 +286,5 @@ class _Progress:
         elif self._console is not None and now - self._said >= _LINE_SECONDS:
             self._said = now
             left = (now - self._began) * (self._num_bytes - self._done) / max(1, self._done)
-            share = self._done / self._num_bytes
+            share = min(1.0, self._done / self._num_bytes)
             self._console.print(f"tokenizing {share:4.0%}  {rate}  eta {max(0.0, left):.0f} s", highlight=False)

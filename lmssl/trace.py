@@ -6,7 +6,7 @@ Answers follow from the recipe alone. JSON goes to standard output, one object a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lmssl.data.order import kept_position
@@ -25,10 +24,10 @@ from lmssl.data.trace import TracedSegment, TracedSequence, Tracer
 from lmssl.errors import RecipeError
 from lmssl.recipe.sections import Recipe
 from lmssl.shipped import find
+from lmssl.statistics_view import check_page, print_statistics, write_page
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
-_BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,13 @@ class Question:
     count: int | None = None
     """Sequences; None: one from a position on, and a step's whole batch."""
     split: str = "train"
+    """One of `SPLITS`, or the name of one of `validation.sets`."""
     limit: int = 20
     """Documents that a text is looked up in."""
     full: bool = False
     as_json: bool = False
+    page: Path | None = None
+    """Where the statistics are written as HTML as well."""
 
 
 def answer(recipe: Recipe, question: Question) -> None:
@@ -54,8 +56,11 @@ def answer(recipe: Recipe, question: Question) -> None:
     Raises:
         RecipeError: the question contradicts itself or the recipe.
         DataError: the corpora cannot be read, or changed since they were tokenized.
+        LmsslError: the page cannot be written.
     """
     _check(recipe, question)
+    if question.page is not None:
+        check_page(question.page)
     notes, out = Console(stderr=True, soft_wrap=True, highlight=False), Console(highlight=False)
 
     def report(line: str) -> None:
@@ -72,7 +77,7 @@ def answer(recipe: Recipe, question: Question) -> None:
         batch_sequences=recipe.batch_sequences,
     )
     if question.statistics:
-        _print_statistics(_measured(stream, notes), question, out)
+        _show_statistics(_measured(stream, notes), recipe, question, out, report)
         return
     tracer = Tracer(stream, tokenizer)
     if question.text is not None:
@@ -85,9 +90,7 @@ def answer(recipe: Recipe, question: Question) -> None:
         if more:
             report(f"there are more; --limit {question.limit} ends the list here")
         return
-    positions = _positions(recipe, question)
-    held_out = question.split == "validation"
-    sequences = tracer.held_out(positions) if held_out else tracer.sequences(positions)
+    sequences = _sequences(tracer, recipe, question)
     with notes.status("tokenizing up to there"):
         first = next(sequences)  # those that follow are read already, or soon
     for sequence in chain([first], sequences):
@@ -112,6 +115,8 @@ def _check(recipe: Recipe, question: Question) -> None:
             where="lmssl data",
             remedy="give exactly one of --position, --step, --find and --stats",
         )
+    validation = recipe.data.validation
+    splits = [*SPLITS, *(corpus.name for corpus in (validation.sets if validation is not None else ()))]
     checks = [
         (question.position is not None and question.position < 0, f"--position {question.position}", "count from 0"),
         (
@@ -122,14 +127,19 @@ def _check(recipe: Recipe, question: Question) -> None:
         (question.text == "", "--find ''", "give a text of at least one character"),
         (question.count is not None and question.count < 1, f"--count {question.count}", "give at least 1"),
         (question.limit < 1, f"--limit {question.limit}", "give at least 1"),
-        (question.split not in SPLITS, f"--split {question.split}", f"the splits are {' and '.join(SPLITS)}"),
+        (question.page is not None and not question.statistics, f"--html with {asked[0]}", "--html goes with --stats"),
         (
-            question.split == "validation" and question.position is None,
-            f"--split validation with {asked[0]}",
-            "held-out sequences have no steps: name one by its index with --position; --find and --stats cover both",
+            question.split not in splits,
+            f"--split {question.split}",
+            f"the splits are {', '.join(splits[:-1])} and {splits[-1]}",
         ),
         (
-            question.split == "validation" and recipe.data.validation is None,
+            question.split != "train" and question.position is None,
+            f"--split {question.split} with {asked[0]}",
+            "sequences for validation have no steps: name one by its index with --position; --find finds them all",
+        ),
+        (
+            question.split == "validation" and validation is None,
             "--split validation",
             "the recipe holds nothing out: give it a data.validation",
         ),
@@ -137,6 +147,13 @@ def _check(recipe: Recipe, question: Question) -> None:
     for wrong, where, remedy in checks:
         if wrong:
             raise RecipeError("this cannot be answered", where=where, remedy=remedy)
+
+
+def _sequences(tracer: Tracer, recipe: Recipe, question: Question) -> Iterator[TracedSequence]:
+    positions = _positions(recipe, question)
+    if question.split == "train":
+        return tracer.sequences(positions)
+    return tracer.held_out(positions) if question.split == "validation" else tracer.in_set(question.split, positions)
 
 
 def _positions(recipe: Recipe, question: Question) -> range | list[int]:
@@ -159,7 +176,8 @@ def _print_sequence(
         _json_line(asdict(sequence))
         return
     held_out = sequence.epoch is None
-    name = f"held-out sequence {sequence.position}" if held_out else f"position {sequence.position}"
+    kind = "position" if not held_out else "held-out sequence" if question.split == "validation" else "sequence"
+    name = f"{kind} {sequence.position}"
     count = len(sequence.segments)
     facts = [
         *([] if held_out else [f"epoch {sequence.epoch}"]),
@@ -214,7 +232,7 @@ def _print_match(match: Match, text: str, question: Question, out: Console) -> N
             _json_line(
                 {
                     "position": position,
-                    "epoch": None if position is None else 0,
+                    "epoch": match.epoch,
                     "split": match.split,
                     "corpus": match.corpus,
                     "file": document.file,
@@ -224,11 +242,10 @@ def _print_match(match: Match, text: str, question: Question, out: Console) -> N
                 }
             )
         return
-    name = f"position{'s' * (len(match.positions) > 1)} {', '.join(map(str, match.positions))}"
-    if match.split is None:
-        name = "in no sequence"
-    elif match.split == "validation":
-        name = "held out for validation"
+    numbers = f"{'s' * (len(match.positions) > 1)} {', '.join(map(str, match.positions))}"
+    name = f"sequence{numbers} of the validation set" if match.epoch is None else f"position{numbers}"
+    if not match.positions:
+        name = "in no sequence" if match.split is None else "held out for validation"
     where = f"{document.file}  record {document.record}  bytes {document.byte_start}-{document.byte_end}"
     out.print(Text.assemble((name, "bold"), f"  {match.corpus}  ", (_visible(where), "dim")), soft_wrap=True)
     _print_text(document.text if question.full else _around(document.text, text, out.width - 4), question.full, out)
@@ -262,49 +279,14 @@ def _progress(corpus: str, show: Callable[[str], None]) -> Callable[[Statistics]
     return heard
 
 
-def _print_statistics(found: dict[str, Statistics], question: Question, out: Console) -> None:
-    total = sum(found.values(), Statistics())
+def _show_statistics(
+    found: dict[str, Statistics], recipe: Recipe, question: Question, out: Console, report: Callable[[str], None]
+) -> None:
     if question.as_json:
+        total = sum(found.values(), Statistics())
         _json_line({**total.to_json(), "corpora": {name: counts.to_json() for name, counts in found.items()}})
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("first epoch")
-    columns = {**found, "total": total} if len(found) > 1 else found
-    if not out.is_terminal:
-        out.width = max(out.width, 20 * (1 + len(columns)))  # a file has room for every column
-    for name in columns:
-        table.add_column(name, justify="right")
-    rows = zip(*(_rows(counts) for counts in columns.values()), strict=True)
-    for cells in rows:
-        table.add_row(cells[0][0], *(value for _, value in cells))
-    out.print(table)
-    out.print()
-    for line in _bars(total):
-        out.print(line, soft_wrap=True)
-
-
-def _rows(counts: Statistics) -> Iterator[tuple[str, str]]:
-    yield "documents", f"{counts.num_documents:,}"
-    yield "tokens", f"{counts.num_tokens:,}"
-    yield "bytes of text", f"{counts.num_bytes:,}"
-    yield "bytes per token", f"{counts.bytes_per_token:.3f}"
-    yield "sequences", f"{counts.num_sequences:,}"
-    yield "padding", f"{counts.padding_ratio:.3%}"
-    yield "cut documents", f"{counts.num_cut_documents:,} ({counts.cut_documents_ratio:.2%})"
-    yield "held-out documents", f"{counts.num_held_out_documents:,}"
-    yield "dropped documents", f"{counts.num_dropped_documents:,}"
-    yield "empty documents", f"{counts.num_empty_documents:,}"
-    yield "bad records", f"{counts.num_bad_records:,}"
-
-
-def _bars(total: Statistics) -> Iterable[Text]:
-    """Documents by length, one bar per bin."""
-    bins = total.bins()
-    if not bins:
-        return
-    labels = [f"{fewest:,} - {most:,}" for fewest, most, _ in bins]
-    width, most = max(map(len, labels)), max(count for _, _, count in bins)
-    yield Text(f"{'tokens':>{width}}  documents", "bold")
-    for label, (_, _, count) in zip(labels, bins, strict=True):
-        bar = "█" * round(_BAR_WIDTH * count / most) or ("▏" if count else "")
-        yield Text.assemble(f"{label:>{width}}  ", (bar, "cyan"), f" {count:,}")
+    else:
+        print_statistics(found, out)
+    if question.page is not None:
+        write_page(found, f"{recipe.name}: data of the first epoch", question.page)
+        report(f"the page is {question.page}")

@@ -60,6 +60,16 @@ def test_the_module_is_the_command(root: Path) -> None:
     assert (result.returncode, result.stdout) == (0, f"lmssl {lmssl.__version__}\n")
 
 
+@pytest.mark.parametrize(
+    ("verb", "default"),
+    [("demo", "the first free one"), ("prepare", "one per core"), ("data", "1, or the step"), ("export", "RUN/export")],
+)
+def test_help_shows_defaults_in_brackets(capsys: pytest.CaptureFixture[str], verb: str, default: str) -> None:
+    """Brackets are markup where help is printed: unescaped, they and what they hold would be missing."""
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0 and f"[default: {default}" in " ".join(out.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["show", DEBUG], ["show", DEBUG, "--json"], ["schema"]])
 def test_quick_verbs_import_nothing_heavy(root: Path, arguments: list[str]) -> None:
     code = (

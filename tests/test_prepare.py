@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import zstandard
 
+from lmssl import prepare as prepare_module
 from lmssl.cli import main
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import DataError
@@ -52,7 +54,9 @@ def run(recipe: Recipe, *, rank: int = 0, world_size: int = 1, workers: int = 1)
 
 def chunks(recipe: Recipe) -> dict[str, int]:
     """Chunk folders of the cache, with the time at which each was finished."""
-    return {str(file.parent): file.stat().st_mtime_ns for file in Path(recipe.data.cache).rglob("meta.json")}
+    return {
+        str(file.parent): file.stat().st_mtime_ns for file in Path(recipe.data.cache).glob("chunks/*/[!.]*/meta.json")
+    }
 
 
 def test_everything_is_built_once(path: Path) -> None:
@@ -138,3 +142,29 @@ def test_bad_records_beyond_the_limit_stop_it(tmp_path: Path) -> None:
 def test_zero_workers_are_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(path), "--workers", "0"]) == 2
     assert "--workers" in capsys.readouterr().err
+
+
+def content(recipe: Recipe) -> dict[str, bytes]:
+    """Every file of every chunk."""
+    root = Path(recipe.data.cache) / "chunks"
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_threads_and_processes_build_what_one_thread_builds(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: bool
+) -> None:
+    if processes:
+        monkeypatch.setattr(prepare_module, "_MIN_POOL_BYTES", 0)
+    text = "".join(json.dumps({"text": f"record {i} of {i % 7} words " * (i % 40)}) + "\n" for i in range(400))
+    (tmp_path / "one.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
+    packed = {"name": "packed", "kind": "jsonl", "path": str(tmp_path / "one.jsonl.zst"), "weight": 1}
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    recipe["data"]["mixture"] = [{**recipe["data"]["mixture"][0], "weight": 1}, packed]
+    loaded = {}
+    for name in ("alone", "many"):
+        recipe["data"]["cache"] = str(tmp_path / name)
+        loaded[name] = load_recipe(write_recipe(tmp_path / f"{name}.yaml", recipe)).recipe
+    alone, many = run(loaded["alone"], workers=1), run(loaded["many"], workers=3)
+    assert alone == many and alone.num_built > 60
+    assert content(loaded["alone"]) == content(loaded["many"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,70 @@ def test_statistics(ask: Ask, recipe: Path) -> None:
     assert code == 0 and f"{found['num_documents']:,}" in out and "█" in out and "\x1b" not in out
 
 
+def test_statistics_as_a_page_beside_json(ask: Ask, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code, out, err = ask("--stats", "--json", "--html", str(page))
+    assert code == 0 and err.endswith(f"the page is {page}\n")
+    (found,) = lines(out)
+    written = page.read_text(encoding="utf-8")
+    assert f"{found['num_documents']:,}" in written and "<title>small: data of the first epoch</title>" in written
+    code, out, _ = ask("--stats", "--html", str(page))
+    shown = re.sub("<[^>]*>", "", page.read_text(encoding="utf-8"))
+    assert code == 0 and all(line.rstrip() in shown for line in out.splitlines())
+
+
+@pytest.mark.parametrize("name", ["", "none/page.html"])
+def test_a_page_that_cannot_be_written_stops_before_the_epoch_is_read(ask: Ask, tmp_path: Path, name: str) -> None:
+    code, out, err = ask("--stats", "--html", str(tmp_path / name))
+    assert (code, out) == (1, "") and "the page cannot be written" in err and f"where:  {tmp_path / name}" in err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def exam(tmp_path: Path) -> str:
+    """An override that gives two sets for validation, of which the second is named `exam`."""
+    for name, count in (("quiz", 30), ("exam", 200)):
+        rows = (json.dumps({"text": f"{name} question {i}: what is the answer?"}) for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sets = ", ".join(f"{{name: {name}, kind: jsonl, path: {tmp_path}/{name}.jsonl}}" for name in ("quiz", "exam"))
+    return f"data.validation.sets=[{sets}]"
+
+
+def test_sequences_of_a_validation_set(ask: Ask, recipe: Path, exam: str) -> None:
+    _, split = open_stream(recipe, exam).validation_sets()
+    last = split.num_sequences - 1
+    asked = ["--split", "exam", "--position"]
+    code, out, err = ask(*asked, "0", "--count", str(split.num_sequences), "--json", exam)
+    assert (code, err) == (0, "") and last > 10
+    found = lines(out)
+    assert [line["ids"] for line in found] == [split.sequence(i).ids_T.tolist() for i in range(split.num_sequences)]
+    assert [line["position"] for line in found] == [*range(split.num_sequences)]
+    for line in found:
+        assert line.keys() == KEYS and line["epoch"] is None
+        assert {segment["corpus"] for segment in line["segments"]} == {"exam"}
+    code, out, err = ask(*asked, str(last + 1), "--json", exam)
+    assert (code, out) == (3, "") and f"there is no sequence of 'exam' {last + 1}; there are {last + 1}" in err
+    code, out, err = ask(*asked, "0", exam)
+    assert code == 0 and out.startswith("sequence 0  corpus exam  ")
+
+
+def test_a_text_in_a_validation_set(ask: Ask, exam: str) -> None:
+    code, out, _ = ask("--find", "exam question 17:", "--json", exam)
+    (line,) = lines(out)
+    assert code == 0 and (line["split"], line["corpus"], line["record"], line["epoch"]) == ("exam", "exam", 17, None)
+    _, out, _ = ask("--split", "exam", "--position", str(line["position"]), "--json", exam)
+    assert any(segment["record"] == 17 for segment in lines(out)[0]["segments"])
+    _, out, _ = ask("--find", "exam question 17:", exam)
+    assert out.startswith(f"sequence {line['position']} of the validation set  exam  ")
+
+
+def test_unknown_splits_are_answered_with_the_known_ones(ask: Ask, exam: str) -> None:
+    code, _, err = ask("--position", "0", "--split", "exams", exam)
+    assert code == 2 and "the splits are train, validation, quiz and exam" in err
+    code, _, err = ask("--stats", "--split", "exam", exam)
+    assert code == 2 and "--split exam with --stats" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "where", "remedy"),
     [
@@ -171,6 +236,7 @@ def test_statistics(ask: Ask, recipe: Path) -> None:
         (["--step", "-1"], "--step -1", "the run's steps are 0 to 39"),
         (["--position", "1", "--count", "0"], "--count 0", "give at least 1"),
         (["--find", "a", "--limit", "0"], "--limit 0", "give at least 1"),
+        (["--position", "1", "--html", "a.html"], "--html with --position", "--html goes with --stats"),
         (["--find", ""], "--find ''", "at least one character"),
         (["--position", "1", "--split", "test"], "--split test", "the splits are train and validation"),
         (["--step", "1", "--split", "validation"], "--split validation with --step", "with --position"),

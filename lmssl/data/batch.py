@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +26,7 @@ from lmssl.data.cache import Cancelled
 from lmssl.data.order import kept_position
 from lmssl.data.stream import SequenceStream
 from lmssl.data.validation import ValidationSplit
-from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan
+from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan, gather_rows
 from lmssl.errors import DataError, LmsslError
 
 T = TypeVar("T")
@@ -49,21 +49,11 @@ class SequenceBatch:
     """Bytes of text of each row; of a cut document, in proportion."""
 
     @classmethod
-    def empty(cls, num_rows: int, layout: Layout) -> SequenceBatch:
-        """A micro-batch of empty rows."""
-        shape = (num_rows, layout.sequence_length)
-        return cls(
-            ids_BT=np.full(shape, layout.pad_id, np.int64),
-            segments_BT=np.zeros(shape, np.int32),
-            offsets_BT=np.zeros(shape, np.int64),
-            positions_B=np.full(num_rows, -1, np.int64),
-            num_bytes_B=np.zeros(num_rows, np.float64),
-        )
-
-    def fill(self, row: int, position: int, window: Window, index: int) -> None:
-        """Write one sequence of a window into a row."""
-        self.num_bytes_B[row] = window.gather_into(index, self.ids_BT[row], self.segments_BT[row], self.offsets_BT[row])
-        self.positions_B[row] = position
+    def of(cls, found: Sequence[tuple[int, Window, int] | None], layout: Layout) -> SequenceBatch:
+        """A micro-batch of (position, window, index in it); None: an empty row."""
+        rows = gather_rows([row and row[1:] for row in found], layout)
+        positions = np.array([-1 if row is None else row[0] for row in found], dtype=np.int64)
+        return cls(rows.ids_BT, rows.segments_BT, rows.offsets_BT, positions, rows.num_bytes_B)
 
 
 def num_micro_batches(num_sequences: int, micro_batch_sequences: int, world_size: int) -> int:
@@ -138,13 +128,9 @@ def validation_batches(
 
     def results() -> Iterator[T]:
         for number in range(num_micro_batches(split.num_sequences, micro_batch_sequences, world_size)):
-            batch = SequenceBatch.empty(micro_batch_sequences, split.window.layout)
-            for row, index in enumerate(
-                rank_rows(number, split.num_sequences, micro_batch_sequences, world_size, rank)
-            ):
-                if index is not None:
-                    batch.fill(row, index, split.window, index)
-            yield prepare(batch)
+            rows = rank_rows(number, split.num_sequences, micro_batch_sequences, world_size, rank)
+            found = [None if index is None else (index, split.window, index) for index in rows]
+            yield prepare(SequenceBatch.of(found, split.window.layout))
 
     source = _ThreadSource(results())
     try:
@@ -190,12 +176,9 @@ class _Gatherer(Dataset[Any], Generic[T]):
         self._prepare = prepare
 
     def __getitem__(self, request: _Request) -> T:
-        batch = SequenceBatch.empty(len(request.rows), self._windows.layout)
-        for row, found in enumerate(request.rows):
-            if found is not None:
-                position, plan, index = found
-                batch.fill(row, position, self._windows.get(request.plans[plan]), index)
-        return self._prepare(batch)
+        windows = [self._windows.get(plan) for plan in request.plans]
+        found = [row and (row[0], windows[row[1]], row[2]) for row in request.rows]
+        return self._prepare(SequenceBatch.of(found, self._windows.layout))
 
 
 class _Carrying(Dataset[Any]):
@@ -312,9 +295,7 @@ class _ThreadSource(Generic[T]):
             for item in self._items:
                 if not self._put(item):
                     return
-        except Cancelled:
-            return
-        except Exception as error:  # whatever it is, the main thread is to raise it
+        except Exception as error:  # whatever it is, the main thread is to raise it; after `close` nobody asks
             self._put(_Failure(error))
 
     def _put(self, item: T | _Failure) -> bool:

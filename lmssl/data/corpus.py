@@ -33,8 +33,8 @@ __all__ = [
 class Document:
     """One text, with its source."""
 
-    text: str
-    num_bytes: int
+    raw: bytes
+    """The text in UTF-8."""
     part: int
     """Which part of the unit it comes from."""
     record: int
@@ -43,6 +43,16 @@ class Document:
     """Where that record starts in its source, see `Record.start`."""
     offset: int
     """The byte of the record's text at which this document starts; 0 unless the record was cut into sections."""
+
+    @property
+    def text(self) -> str:
+        """The text, decoded."""
+        return self.raw.decode()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text."""
+        return len(self.raw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +87,7 @@ def read_chunks(unit: Unit, *, max_bad_records: int) -> Iterator[ChunkText]:
             if unit.chunk_bytes is not None and num_bytes >= unit.chunk_bytes:
                 yield ChunkText(held, bad, num_empty, is_last=False)
                 held, bad, num_empty, num_bytes = [], [], 0, 0
-            if document.text.isspace() or not document.text:
+            if _is_blank(document.raw):
                 num_empty += 1
             else:
                 held.append(document)
@@ -109,18 +119,15 @@ def read_texts(
     given = [0] * len(corpora)
     while texts and (max_bytes is None or sum(given) < max_bytes):
         behind = min(texts, key=lambda i: (given[i] / weights[i], i))
-        text = next(texts[behind], None)
-        if text is None:
+        raw = next(texts[behind], None)
+        if raw is None:
             if not given[behind]:
                 raise empty_corpus(corpora[behind].name)
             del texts[behind]
             continue
-        raw = text.encode()
-        if max_document_bytes is not None and len(raw) > max_document_bytes:
-            raw = raw[:max_document_bytes]
-            text = raw.decode(errors="ignore")  # the cut may fall inside a character
+        raw = raw[:max_document_bytes]
         given[behind] += len(raw)
-        yield text
+        yield raw.decode(errors="ignore")  # the cut may fall inside a character
 
 
 def mixture_weights(corpora: Sequence[AnyCorpus], units: Sequence[Sequence[Unit]]) -> list[float | int]:
@@ -181,14 +188,16 @@ def too_many_bad(corpus: str, path: str, first: BadRecord, allowed: int) -> Data
     )
 
 
-def cut_sections(text: str, section_bytes: int) -> list[tuple[int, str]]:
-    """(byte offset, section) pairs that join to the text: near `section_bytes`, ending at a blank line if possible."""
-    raw = text.encode()
+def cut_sections(raw: bytes, section_bytes: int) -> list[tuple[int, bytes]]:
+    """(offset, section) pairs that join to the text: near `section_bytes`, ending at a blank line if possible.
+
+    `raw`: the text in UTF-8.
+    """
     cuts = [0]
     while len(raw) - cuts[-1] > section_bytes * 3 // 2:
         cuts.append(_cut(raw, cuts[-1] + section_bytes // 2, cuts[-1] + section_bytes))
     cuts.append(len(raw))
-    return [(a, raw[a:b].decode()) for a, b in pairwise(cuts)]
+    return [(a, raw[a:b]) for a, b in pairwise(cuts)]
 
 
 def _cut(raw: bytes, low: int, high: int) -> int:
@@ -208,21 +217,28 @@ def _items(unit: Unit) -> Iterator[tuple[int, Item]]:
 
 
 def _documents(record: Record, part: int, section_bytes: int | None) -> Iterator[Document]:
-    num_bytes = len(record.text.encode())
-    if section_bytes is None or num_bytes <= section_bytes * 3 // 2:
-        yield Document(record.text, num_bytes, part, record.number, record.start, 0)
+    if section_bytes is None or len(record.raw) <= section_bytes * 3 // 2:
+        yield Document(record.raw, part, record.number, record.start, 0)
         return
-    for offset, section in cut_sections(record.text, section_bytes):
-        yield Document(section, len(section.encode()), part, record.number, record.start, offset)
+    for offset, section in cut_sections(record.raw, section_bytes):
+        yield Document(section, part, record.number, record.start, offset)
 
 
-def _corpus_texts(units: Sequence[Unit], seed: int, max_bad_records: int) -> Iterator[str]:
+def _is_blank(raw: bytes) -> bool:
+    if not raw or 0x20 < raw[0] < 0x7F:
+        return not raw
+    rest = raw.lstrip()
+    # White space beyond ASCII is rare, and none of it begins with a printable ASCII byte.
+    return not rest or (not (0x20 < rest[0] < 0x7F) and rest.decode().isspace())
+
+
+def _corpus_texts(units: Sequence[Unit], seed: int, max_bad_records: int) -> Iterator[bytes]:
     num_bad = 0
     for i in permutation(len(units), seed, "texts", units[0].corpus):
         for number, item in _items(units[i]):
             if isinstance(item, Record):
-                if item.text and not item.text.isspace():
-                    yield item.text
+                if not _is_blank(item.raw):
+                    yield item.raw
                 continue
             num_bad += 1
             if num_bad > max_bad_records:

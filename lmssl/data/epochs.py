@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lmssl.data.cache import Chunk, ChunkCache, bad_records
+from lmssl.data.cache import ChunkCache
+from lmssl.data.chunk import Chunk, bad_records
 from lmssl.data.columns import stored_array
 from lmssl.data.corpus import Unit, too_many_bad
 from lmssl.data.filters import SeenTexts, duplicates_name, window_duplicates
@@ -249,6 +250,7 @@ class Epochs:
             at, seen = self._seen
             if not first < at <= number:
                 at, seen = first, SeenTexts()
+            self._seen = 0, SeenTexts()  # whoever comes after an error half-way begins anew
             for earlier in range(at, number):
                 window_duplicates(self._known_chunks(earlier), *filters, seen)
             found = window_duplicates(chunks, *filters, seen)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmssl.data.cache import Chunk
+from lmssl.data.chunk import Chunk
 from lmssl.data.columns import stored_array
 from lmssl.errors import DataError
 from lmssl.recipe.data import FiltersSection

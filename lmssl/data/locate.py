@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lmssl.data.archive import open_bytes
-from lmssl.data.cache import Chunk, text_hash
+from lmssl.data.chunk import Chunk, text_hash
 from lmssl.data.parquet_files import row_starts
 from lmssl.data.readers import read_part
 from lmssl.data.records import Format, Part, Record, changed
@@ -95,7 +95,7 @@ class DocumentFinder:
             if path not in self._parts:
                 raise changed(path)
             for number, record in self._records(path, set(wanted)):
-                raw = record.text.encode()
+                raw = record.raw
                 for source in wanted[record.start]:
                     found[source] = self._located(source, number, record, raw)
         return found

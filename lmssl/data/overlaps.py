@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lmssl.data.archive import COMPRESSED
-from lmssl.data.cache import Chunk, text_hash
+from lmssl.data.chunk import Chunk, utf8_hash
 from lmssl.data.columns import store_array, stored_array
 from lmssl.data.corpus import Document, check_first_record
-from lmssl.data.filters import HashArray, IntArray, mix
+from lmssl.data.filters import Filters, HashArray, IntArray, documents_of, mix, training_documents
 from lmssl.data.readers import read_part
 from lmssl.data.records import BadRecord, changed
 from lmssl.data.units import Unit, expand_paths, list_units
@@ -124,7 +125,7 @@ class EvaluationText:
         Raises:
             DataError: the documents are not those the chunk was made of.
         """
-        hashes = [text_hash(document.text) for document in documents]
+        hashes = [utf8_hash(document.raw) for document in documents]
         if hashes != chunk.documents()["text_hash"].tolist():
             raise changed(", ".join(chunk.meta.sources[:5]))
         column, lines = np.zeros(len(documents), np.uint8), []
@@ -156,6 +157,31 @@ def _batches(documents: Sequence[Document]) -> Iterator[tuple[int, list[Document
         if num_bytes >= _BATCH_BYTES or index == len(documents):
             yield first, list(documents[first:index])
             first, num_bytes = index, 0
+
+
+def dropped_overlaps(chunk: Chunk, column: str, seed: int, held_out_ratio: float) -> Iterator[dict[str, Any]]:
+    """The training documents of a chunk that contain evaluation text: file, record, start, offset and the first words.
+
+    `words` is None where the file beside the column is gone that says why.
+
+    Raises:
+        DataError: the column is missing or damaged.
+    """
+    candidates = documents_of(chunk, seed, held_out_ratio, held_out=False)
+    kept = training_documents(chunk, Filters(overlap_column=column), seed, held_out_ratio).kept
+    words = _words((chunk.path / column).with_suffix(".jsonl"))
+    for row in candidates.rows[candidates.kept & ~kept]:
+        file, start, offset = chunk.meta.sources[int(row["part"])], int(row["start"]), int(row["offset"])
+        place = {"file": file, "record": int(row["record"]), "start": start, "offset": offset}
+        yield {**place, "words": words.get((file, start, offset))}
+
+
+def _words(path: Path) -> dict[tuple[str, int, int], str]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {(line["file"], line["start"], line["offset"]): line["words"] for line in lines}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def normalised(text: str) -> list[str]:

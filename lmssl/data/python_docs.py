@@ -10,7 +10,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 
-from lmssl.data.records import BadRecord, Item, Record
+from lmssl.data.records import BadRecord, Item, checked
 from lmssl.errors import DataError
 
 TEXT_SHARE = 8
@@ -66,7 +66,7 @@ def read_docs(path: str) -> Iterator[Item]:
         return
     found = _topics(tree) if path.endswith(_TOPICS) else _docstrings(tree, _module_name(path))
     for number, (line, text) in enumerate(found):
-        yield Record(text, number, line)
+        yield checked(text, "text", number, line, ("text",))
 
 
 def _topics(tree: ast.Module) -> Iterator[tuple[int, str]]:

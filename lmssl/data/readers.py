@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
+import orjson
+
 from lmssl.data import hf_datasets, parquet_files, python_docs
 from lmssl.data.archive import ARCHIVE_ERRORS, broken_archive, open_bytes
 from lmssl.data.records import BadRecord, Format, Item, Part, Record, changed, checked, file_version, unreadable
@@ -100,7 +102,7 @@ def _read_text(file: BinaryIO, part: Part, document: str | None) -> Iterator[Ite
         pieces = [(run[0][0], b"".join(piece for _, piece in run))] if run else []
     number = 0
     for start, piece in pieces:
-        if piece.strip():
+        if piece and not piece.isspace():
             yield _decoded(piece, number, start)
             number += 1
 
@@ -134,10 +136,12 @@ def _without_blank_lines(start: int, piece: bytes) -> tuple[int, bytes]:
 
 def _decoded(raw: bytes, number: int, start: int) -> Item:
     try:
-        text = raw.decode("utf-8")
+        raw.decode("utf-8")  # nothing checks bytes faster
     except UnicodeDecodeError as error:
         return BadRecord(number, start, f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {start + error.start}")
-    return Record(text.replace("\r\n", "\n"), number, start)
+    if b"\r" in raw:  # looked for first, because that is ten times as fast
+        raw = raw.replace(b"\r\n", b"\n")
+    return Record(raw, number, start)
 
 
 def _read_jsonl(lines: Iterable[tuple[int, bytes]], field: str) -> Iterator[Item]:
@@ -150,11 +154,15 @@ def _read_jsonl(lines: Iterable[tuple[int, bytes]], field: str) -> Iterator[Item
 
 def _json_record(line: bytes, field: str, number: int, start: int) -> Item:
     try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRecord(number, start, f"not UTF-8: byte 0x{line[error.start]:02x} at byte {start + error.start}")
-    except (ValueError, RecursionError) as error:
-        return BadRecord(number, start, f"not JSON: {error}")
+        values = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # Python's own reader is the judge: it takes NaN, long numbers and deeper nesting, and tells what is wrong.
+        try:
+            values = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            return BadRecord(number, start, f"not UTF-8: byte 0x{line[error.start]:02x} at byte {start + error.start}")
+        except (ValueError, RecursionError) as error:
+            return BadRecord(number, start, f"not JSON: {error}")
     if not isinstance(values, dict):
         return BadRecord(number, start, f"a JSON {type(values).__name__} instead of an object")
     return checked(values.get(field), field, number, start, tuple(values))

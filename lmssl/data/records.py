@@ -50,11 +50,17 @@ class Part:
 class Record:
     """One text of a source."""
 
-    text: str
+    raw: bytes
+    """The text in UTF-8; whoever makes a record has checked that it is."""
     number: int
     """Counted from the start of the part."""
     start: int
     """Where it starts in the whole source: the byte (after decompression), the row, or the line of a Python file."""
+
+    @property
+    def text(self) -> str:
+        """The text, decoded."""
+        return self.raw.decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +100,9 @@ def checked(value: object, field: str, number: int, start: int, fields: tuple[st
         wrong = fields if value is not None else None  # one null is a bad record, not a wrong field
         return BadRecord(number, start, f"field {field!r} holds {type(value).__name__} instead of text", wrong)
     try:
-        value.encode("utf-8")
+        return Record(value.encode(), number, start)
     except UnicodeEncodeError as error:
         return BadRecord(number, start, f"field {field!r} holds a lone surrogate, U+{ord(value[error.start]):04X}")
-    return Record(value, number, start)
 
 
 def arrow_records(columns: Iterable[Any], field: str, row: int) -> Iterator[Item]:

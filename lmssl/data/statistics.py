@@ -23,7 +23,9 @@ class Statistics:
     num_tokens: int = 0
     """Special tokens included, padding not."""
     num_bytes: int = 0
-    """Bytes of the documents' text."""
+    """Bytes of the documents' text, where they are known."""
+    num_tokens_with_bytes: int = 0
+    """Those of `num_tokens` that `num_bytes` belongs to; a corpus of ready-made tokens has none."""
     num_sequences: int = 0
     num_padding_tokens: int = 0
     num_cut_documents: int = 0
@@ -55,9 +57,9 @@ class Statistics:
         return self.num_dropped_short + self.num_dropped_long + self.num_dropped_duplicates + self.num_dropped_overlaps
 
     @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text / tokens, special tokens included."""
-        return self.num_bytes / max(1, self.num_tokens)
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text / the tokens they belong to, special tokens included; None: no bytes are known."""
+        return self.num_bytes / self.num_tokens_with_bytes if self.num_tokens_with_bytes else None
 
     @property
     def padding_ratio(self) -> float:
@@ -82,6 +84,7 @@ class Statistics:
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
+            "num_tokens_with_bytes": self.num_tokens_with_bytes,
             "bytes_per_token": self.bytes_per_token,
             "num_padding_tokens": self.num_padding_tokens,
             "padding_ratio": self.padding_ratio,
@@ -123,6 +126,7 @@ def _of_window(window: Window) -> Statistics:
         num_documents=window.num_documents,
         num_tokens=window.num_tokens,
         num_bytes=window.num_bytes,
+        num_tokens_with_bytes=window.num_tokens if window.num_bytes else 0,  # a corpus knows all of them, or none
         num_sequences=window.num_sequences,
         num_padding_tokens=packing.num_padding,
         num_cut_documents=packing.num_cut_documents,

@@ -23,7 +23,7 @@ from lmssl.data.remote import RemoteFiles
 from lmssl.data.stages import STAGES, begun_stages, plan_stages, stages_setting
 from lmssl.data.token_files import without_text
 from lmssl.data.validation import ValidationSplit, find_held_out, find_sets
-from lmssl.data.window import Address, Layout, OpenWindows, Row, Window, WindowPlan
+from lmssl.data.window import Address, Layout, OpenWindows, Row, Rows, Window, WindowPlan, gather_rows
 from lmssl.errors import DataError
 from lmssl.recipe.data import AnyCorpus, DataSection, TokensCorpus
 from lmssl.tokenizer.load import Tokenizer
@@ -162,14 +162,19 @@ class SequenceStream:
         address, plan = self.locate(position)
         return self._windows.get(plan).gather(address.index)
 
+    def sequences(self, positions: Sequence[int]) -> Rows:
+        """The sequences at some positions, in their order; faster than one by one."""
+        found = ((self._windows.get(plan), address.index) for address, plan in map(self.locate, positions))
+        return gather_rows(list(found), self.layout)
+
     def window_at(self, position: int) -> tuple[Window, int]:
         """The window that holds the sequence at a position, and the index in it."""
         address, plan = self.locate(position)
         return self._windows.get(plan), address.index
 
     def units(self, corpus: str) -> tuple[Unit, ...]:
-        """What a corpus is read from."""
-        return self._epochs[corpus].units
+        """What a corpus or a validation set is read from."""
+        return {found.corpus: found.units for found in (*self._epochs.values(), *self._sets)}[corpus]
 
     def first_epoch(self, corpus: str) -> Iterator[tuple[LedgerEntry, Window]]:
         """The windows of a corpus's first epoch, built as they are asked for."""
@@ -256,14 +261,13 @@ class SequenceStream:
             num_dropped_overlaps=sum(entry.num_dropped_overlaps for entry in entries),
         )
 
-    def bad_records(self, position: int) -> list[tuple[str, BadRecord]]:
-        """The records that `totals` counts as bad, each with its file."""
-        found = []
-        for corpus, epochs in self._epochs.items():
-            for number, entry in enumerate(self.ledger_at(position).entries(corpus)):
-                if entry.epoch == 0:
-                    found += epochs.bad_records(number)
-        return found
+    def plan(self, corpus: str, number: int) -> WindowPlan:
+        """What a window of the ledger is made of."""
+        return self._epochs[corpus].plan(number)
+
+    def bad_records(self, corpus: str, number: int) -> list[tuple[str, BadRecord]]:
+        """The unreadable records of a window of the ledger, each with its file."""
+        return self._epochs[corpus].bad_records(number)
 
     def validation(self) -> tuple[ValidationSplit, ...]:
         """The held-out sequences of each corpus that has some; empty where the recipe wants none.

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmssl.data.cache import Chunk
+from lmssl.data.chunk import Chunk
 from lmssl.data.locate import DocumentFinder, Located, Source, source_of
 from lmssl.data.stream import SequenceStream
+from lmssl.data.validation import ValidationSplit
 from lmssl.data.window import Piece, Window
 from lmssl.errors import DataError
 from lmssl.tokenizer.load import Tokenizer
@@ -42,11 +43,11 @@ class TracedSegment:
 
 @dataclass(frozen=True, slots=True)
 class TracedSequence:
-    """One sequence; `position` is its index where it is held out."""
+    """One sequence; `position` is its index where it is for validation."""
 
     position: int
     epoch: int | None
-    """None: held out."""
+    """None: for validation."""
     ids: list[int]
     """Shape [T], padding included."""
     segments: list[TracedSegment]
@@ -85,23 +86,37 @@ class Tracer:
         Raises:
             DataError: there are not that many; a source cannot be read, or is no longer what was tokenized.
         """
-        places = [(split.window, i) for split in self._stream.validation() for i in range(split.num_sequences)]
+        return self._for_validation(self._stream.validation(), indices, "held-out sequence", "data.validation")
+
+    def in_set(self, name: str, indices: Sequence[int]) -> Iterator[TracedSequence]:
+        """The sequences at some indices of one of `validation.sets`.
+
+        Raises:
+            DataError: as for `held_out`; or a set holds no text.
+        """
+        found = [split for split in self._stream.validation_sets() if split.corpus == name]
+        return self._for_validation(found, indices, f"sequence of {name!r}", "data.validation.sets")
+
+    def finder(self, corpus: str) -> DocumentFinder:
+        """What finds documents of a corpus or of a validation set in its files."""
+        if corpus not in self._finders:
+            self._finders[corpus] = DocumentFinder(self._stream.units(corpus))
+        return self._finders[corpus]
+
+    def _for_validation(
+        self, splits: Iterable[ValidationSplit], indices: Sequence[int], what: str, where: str
+    ) -> Iterator[TracedSequence]:
+        places = [(split.window, i) for split in splits for i in range(split.num_sequences)]
         wrong = next((index for index in indices if index >= len(places)), None)
         if wrong is not None:
             raise DataError(
-                f"there is no held-out sequence {wrong}; there are {len(places)}, counted from 0",
-                where="data.validation",
+                f"there is no {what} {wrong}; there are {len(places)}, counted from 0",
+                where=where,
                 remedy=f"ask for at most {len(places) - 1}, or raise data.validation.tokens"
                 if places
                 else "give the recipe a data.validation",
             )
         return self._in_batches(_Asked(index, None, *places[index]) for index in indices)
-
-    def finder(self, corpus: str) -> DocumentFinder:
-        """What finds documents of a corpus in its files."""
-        if corpus not in self._finders:
-            self._finders[corpus] = DocumentFinder(self._stream.units(corpus))
-        return self._finders[corpus]
 
     def _in_batches(self, asked: Iterator[_Asked]) -> Iterator[TracedSequence]:
         while batch := list(islice(asked, _TOGETHER)):

@@ -17,6 +17,9 @@ from lmssl.recipe.data import AnyCorpus, DatasetsCorpus, ParquetCorpus, PythonDo
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 256 << 10, 64 << 20
 _CHUNKS_PER_CORPUS = 64
+_MAX_CHUNKS_PER_CORPUS = 1024
+_SMALL_CHUNK_BYTES = 4 << 20
+"""As large as chunks get before a corpus has `_MAX_CHUNKS_PER_CORPUS` of them: small ones start and mix sooner."""
 _AUTO_SECTION_BYTES, _AUTO_SECTION_FILES = 65_536, 1_000
 _SAMPLE_FILES = 8
 _ENDINGS = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",), "tokens": (".ds", ".bin")}
@@ -96,7 +99,8 @@ def default_chunk_bytes(num_bytes: int) -> int:
     """Bytes of text per chunk for a corpus of this size; 0: unknown."""
     if not num_bytes:
         return MAX_CHUNK_BYTES // 4
-    return min(max(num_bytes // _CHUNKS_PER_CORPUS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+    small = min(max(num_bytes // _CHUNKS_PER_CORPUS, MIN_CHUNK_BYTES), _SMALL_CHUNK_BYTES)
+    return min(max(num_bytes // _MAX_CHUNKS_PER_CORPUS, small), MAX_CHUNK_BYTES)
 
 
 def expand_paths(

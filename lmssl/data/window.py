@@ -7,6 +7,7 @@ Shapes: T tokens of a sequence.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmssl.data.cache import Chunk, read_chunk
+from lmssl.data.chunk import Chunk, read_chunk
 from lmssl.data.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle, Middles, document_ids
 from lmssl.data.filters import (
     Candidates,
@@ -119,6 +120,15 @@ class Row(NamedTuple):
     """Bytes of its text; of a cut document, in proportion."""
 
 
+class Rows(NamedTuple):
+    """Several sequences; shapes [B, T], and [B] for the bytes. See `Row`."""
+
+    ids_BT: IntArray
+    segments_BT: npt.NDArray[np.int32]
+    offsets_BT: IntArray
+    num_bytes_B: npt.NDArray[np.float64]
+
+
 class Piece(NamedTuple):
     """A segment of a sequence and what it holds of which document; bounds in tokens."""
 
@@ -155,7 +165,6 @@ class Window:
             self._sequence_at = permutation(self.packing.num_sequences, *key)
         else:
             self._sequence_at = np.arange(self.packing.num_sequences)
-        self._offsets_T = np.arange(layout.sequence_length)
         self._tabulate()
 
     @property
@@ -185,34 +194,31 @@ class Window:
 
     def gather(self, index: int) -> Row:
         """The index-th sequence."""
-        length = self.layout.sequence_length
-        row = Row(np.empty(length, np.int64), np.empty(length, np.int32), np.empty(length, np.int64), 0.0)
-        return row._replace(num_bytes=self.gather_into(index, row.ids_T, row.segments_T, row.offsets_T))
+        rows = gather_rows([(self, index)], self.layout)
+        return Row(rows.ids_BT[0], rows.segments_BT[0], rows.offsets_BT[0], float(rows.num_bytes_B[0]))
 
-    def gather_into(self, index: int, ids_T: IntArray, segments_T: npt.NDArray[np.int32], offsets_T: IntArray) -> float:
-        """Write the index-th sequence into three arrays of shape [T]; its bytes of text are returned."""
-        sequence, layout, tokens, used = self._sequence_at[index], self.layout, self._tokens, 0
-        segments = slice(*self.packing.offsets[sequence : sequence + 2])
-        bos, eos, plain = layout.bos_id, layout.eos_id, self._middles is None
+    def write_ids(self, index: int, ids_T: IntArray) -> tuple[IntArray, float]:
+        """Write the tokens of the index-th sequence into an array; returned: its `Row.segments_T`, run by run, bytes.
+
+        The runs have shape [2, runs]: how many tokens, and which segment. The last is of padding, where there is some.
+        """
+        sequence, layout, tokens = self._sequence_at[index], self.layout, self._tokens
+        segments = slice(*self.packing.offsets[sequence : sequence + 2].tolist())
+        bos, eos = layout.bos_id, layout.eos_id
         # A loop over slices of a few hundred tokens each beats index arrays over the whole sequence.
-        for number, columns in enumerate(self._table[segments].tolist(), 1):
-            begin, end, chunk, first, last, to, has_bos, has_eos = columns
-            segments_T[begin:end] = number
-            offsets_T[begin:end] = self._offsets_T[: end - begin]
-            if plain:
+        for begin, end, chunk, first, last, to, has_bos, has_eos in self._table[segments].tolist():
+            if self._middles is None:
                 ids_T[to : to + last - first] = tokens[chunk][first:last]
             if has_bos and bos is not None:
                 ids_T[begin] = bos
             if has_eos and eos is not None:
                 ids_T[end - 1] = eos
-            used = end
         if self._middles is not None:
             self._copy_rearranged(self._middles, segments, ids_T)
-        if used < len(ids_T):
-            ids_T[used:] = layout.pad_id
-            segments_T[used:] = 0
-            offsets_T[used:] = 0
-        return float(self._bytes_of[sequence])
+        runs = self._runs[:, slice(*self._run_offsets[sequence : sequence + 2].tolist())]
+        if not runs[1, -1]:
+            ids_T[-runs[0, -1] :] = layout.pad_id
+        return runs, float(self._bytes_of[sequence])
 
     def _tabulate(self) -> None:
         """Of every segment: its bounds in the sequence, what is copied from where to where, has it bos, has it eos."""
@@ -231,6 +237,7 @@ class Window:
         self._table = np.stack([*columns, starts == 0, starts + lengths > content_ends], axis=1)
         shares = self._num_bytes[documents] * (lengths / self._lengths[documents])
         self._bytes_of = np.bincount(_sequence_of(packing), shares, packing.num_sequences)
+        self._runs, self._run_offsets = _runs(packing)
 
     def _copy_rearranged(self, middles: Middles, segments: slice, ids_T: IntArray) -> None:
         """Write the content of one sequence among whose documents some are filled in the middle."""
@@ -332,6 +339,44 @@ class OpenWindows:
         while len(self._windows) > self._size:
             self._windows.popitem(last=False)
         return window
+
+
+def gather_rows(places: Sequence[tuple[Window, int] | None], layout: Layout) -> Rows:
+    """Sequences of windows, by index; None: a row of padding. Many at once cost less than one by one."""
+    shape = (len(places), layout.sequence_length)
+    ids_BT, num_bytes_B = np.empty(shape, np.int64), np.zeros(len(places))
+    empty = np.array([[layout.sequence_length], [0]])
+    runs: list[IntArray] = []
+    for row, place in enumerate(places):
+        if place is None:
+            ids_BT[row] = layout.pad_id
+            runs.append(empty)
+        else:
+            window, index = place
+            found, num_bytes_B[row] = window.write_ids(index, ids_BT[row])
+            runs.append(found)
+    lengths, numbers = np.concatenate(runs, axis=1) if runs else empty[:, :0]
+    segments = np.repeat(numbers.astype(np.int32), lengths)
+    offsets = np.arange(len(segments))
+    offsets -= np.repeat(np.cumsum(lengths) - lengths, lengths)
+    if not numbers.all():
+        offsets[segments == 0] = 0
+    return Rows(ids_BT, segments.reshape(shape), offsets.reshape(shape), num_bytes_B)
+
+
+def _runs(packing: Packing) -> tuple[IntArray, IntArray]:
+    """Lengths and numbers of the segments of all sequences, shape [2, runs], and where each sequence's runs begin.
+
+    Padding is a run of number 0.
+    """
+    counts = np.diff(packing.offsets)
+    numbers = np.arange(len(packing.lengths)) - np.repeat(packing.offsets[:-1], counts) + 1
+    used = np.bincount(_sequence_of(packing), packing.lengths, packing.num_sequences).astype(np.int64)
+    short = np.flatnonzero(used < packing.sequence_length)
+    runs = np.stack([packing.lengths, numbers])
+    padding = np.stack([packing.sequence_length - used[short], np.zeros_like(short)])
+    offsets = packing.offsets + np.concatenate([[0], np.cumsum(used < packing.sequence_length)])
+    return np.insert(runs, packing.offsets[short + 1], padding, axis=1), offsets
 
 
 def _sequence_of(packing: Packing) -> IntArray:

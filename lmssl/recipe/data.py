@@ -210,7 +210,7 @@ class DataSection(Section):
     window_chunks: Int = Field(default=16, ge=1)
     """Chunks packed and shuffled together."""
     chunk_bytes: Int | None = Field(default=None, ge=1024)
-    """Bytes of text per chunk; null: total size / 64 within 256 KiB and 64 MiB."""
+    """Bytes of text per chunk; null: size / 64 up to 4 MiB, size / 1024 where that is more; 256 KiB to 64 MiB."""
     block_sequences: Int = Field(default=1024, ge=1)
     """Sequences per block; mixture shares are exact in each."""
     cache: str = "~/.cache/lmssl"

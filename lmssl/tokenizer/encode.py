@@ -4,46 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
 from lmssl.errors import TokenizerError
+from lmssl.tokenizer.engines import Encoded, Engine, ReferenceEngine, open_gigatoken, open_tokie
 from lmssl.tokenizer.load import Tokenizer
 from lmssl.tokenizer.split import can_cut, cut_out, cut_text
 
-_BATCH_CHARS = 4 << 20
-_RECYCLE_CHARS = 64 << 20
-_SAMPLE_CHARS = 4096
-_SAMPLE_SHARE = 256
+_SAMPLE_BYTES = 1024
+_SAMPLE_SHARE = 4096
+_MAX_CHECKED_BYTES = 1 << 20
+"""Longer pieces, which have no place to cut, are not checked: the reference takes many times their memory."""
+
 _MARK = "\ufdd0"
 """Begins the new names of control tokens; Unicode reserves it for such inner use."""
 
 
-class Encoded(NamedTuple):
-    """Ids of some documents, one after the other."""
-
-    ids: npt.NDArray[np.uint32]
-    """Shape [tokens]."""
-    ends: npt.NDArray[np.int64]
-    """Shape [documents]: where in `ids` each document ends."""
-
-
-class Engine(Protocol):
-    """Anything that turns texts into ids."""
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of the texts."""
-
-
 class Encoder:
     """Encodes documents without special tokens; control-token text inside a document stays plain text.
+
+    Several threads may share one. `all_cores=False`: a call of gigatoken runs on its thread alone, which takes a fifth
+    less work, and keeps other threads waiting.
 
     `engine="auto"` uses gigatoken (byte-level BPE) or tokie (WordPiece) where it is installed and agrees with
     `tokenizers` on adversarial text, now and on a sample of every call; the first difference is reported and ends
@@ -55,6 +41,8 @@ class Encoder:
         tokenizer: Tokenizer,
         engine: Literal["auto", "reference"] = "auto",
         report: Callable[[str], None] | None = None,
+        *,
+        all_cores: bool = True,
     ) -> None:
         if engine not in ("auto", "reference"):
             raise TokenizerError(f"there is no engine {engine!r}", remedy="use auto or reference")
@@ -66,12 +54,13 @@ class Encoder:
                     f"merges of this tokenizer build {token['content']!r}, so text gives that control token's id"
                 )
         self._can_cut = can_cut(content)
-        self._reference = _Reference(content)
+        text = json.dumps(content)
+        self._reference = ReferenceEngine(text)
         self._fast: Engine | None = None
         self._calls = 0
         self._name = _fast_engine(content)
         if engine == "auto" and self._name and importlib.util.find_spec(self._name):
-            self._adopt(content, adversarial_texts(tokenizer))
+            self._adopt(text, [adversarial.encode() for adversarial in adversarial_texts(tokenizer)], all_cores)
 
     @property
     def engine(self) -> str:
@@ -84,50 +73,62 @@ class Encoder:
         Raises:
             TokenizerError: a document holds a lone surrogate, which is not text.
         """
-        _refuse_surrogates(texts)
-        pieces, last = self._cut(texts)
-        encoded = self._encode_pieces(pieces)
-        return Encoded(encoded.ids, encoded.ends[last])
+        return self.encode_utf8([_utf8(text, i) for i, text in enumerate(texts)])
 
-    def _cut(self, texts: Sequence[str]) -> tuple[list[str], npt.NDArray[np.int64]]:
-        pieces: list[str] = []
-        last = np.empty(len(texts), dtype=np.int64)
-        for i, text in enumerate(texts):
-            if self._can_cut and len(text) > 4 * _SAMPLE_CHARS:
-                # A short piece somewhere in every long text is what a sample can afford to check.
-                place = int((self._calls + i) * 0.7548776662466927 % 1.0 * (len(text) - 2 * _SAMPLE_CHARS))
-                for part in cut_out(text, place, _SAMPLE_CHARS):
-                    pieces.extend(cut_text(part))
-            else:
-                pieces.append(text)
-            last[i] = len(pieces) - 1
-        return pieces, last
-
-    def _encode_pieces(self, pieces: list[str]) -> Encoded:
+    def encode_utf8(self, raws: Sequence[bytes]) -> Encoded:
+        """Encode whole documents, given as UTF-8 that is known to be valid."""
         if self._fast is None:
-            return self._reference.encode(pieces)
-        sample = _sample(pieces, self._calls)
+            pieces = [cut_text(raw) if self._can_cut else [raw] for raw in raws]
+            encoded = self._reference.encode([piece for cut in pieces for piece in cut])
+            return Encoded(encoded.ids, encoded.ends[np.cumsum([len(cut) for cut in pieces], dtype=np.int64) - 1])
         self._calls += 1
+        return self._encode_fast(self._fast, *self._cut(raws, self._calls))
+
+    def _cut(self, raws: Sequence[bytes], salt: int) -> tuple[list[bytes], npt.NDArray[np.int64], list[int]]:
+        """Pieces, the last piece of each document, and the pieces to check: about 1/4096 of the text."""
+        pieces: list[bytes] = []
+        last = np.empty(len(raws), dtype=np.int64)
+        chosen, sample = _sample(raws, salt), list[int]()
+        for i, raw in enumerate(raws):
+            parts = [raw]
+            if i in chosen and self._can_cut and len(raw) > 4 * _SAMPLE_BYTES:
+                # A short piece somewhere in a long text is what a sample can afford to check.
+                parts = cut_out(raw, int(_spread(salt + i) * (len(raw) - 2 * _SAMPLE_BYTES)), _SAMPLE_BYTES)
+            for number, part in enumerate(parts):
+                cut = cut_text(part) if self._can_cut else [part]
+                if i in chosen and number == len(parts) // 2 and len(cut[0]) <= _MAX_CHECKED_BYTES:
+                    sample.append(len(pieces))
+                pieces += cut
+            last[i] = len(pieces) - 1
+        return pieces, last, sample
+
+    def _encode_fast(
+        self, fast: Engine, pieces: list[bytes], last: npt.NDArray[np.int64], sample: list[int]
+    ) -> Encoded:
         try:
-            encoded = self._fast.encode(pieces)
+            encoded = fast.encode(pieces)
             wrong = _first_difference(encoded, self._reference, pieces, sample)
         except Exception as error:  # a foreign engine may raise anything; the reference stands ready
             self._abandon(f"raised {type(error).__name__}: {error}")
-            return self._reference.encode(pieces)
+            encoded, wrong = self._reference.encode(pieces), None
         if wrong is not None:
             self._abandon(f"encoded {_shorten(pieces[wrong])} differently")
-            return self._reference.encode(pieces)
-        return encoded
+            encoded = self._reference.encode(pieces)
+        return Encoded(encoded.ids, encoded.ends[last])
 
-    def _adopt(self, content: dict[str, Any], texts: list[str]) -> None:
+    def _adopt(self, content: str, raws: list[bytes], all_cores: bool) -> None:
         try:
-            fast = open_gigatoken(content) if self._name == "gigatoken" else open_tokie(content, self._reference)
-            wrong = _first_difference(fast.encode(texts), self._reference, texts, range(len(texts)))
+            fast = (
+                open_gigatoken(content, all_cores)
+                if self._name == "gigatoken"
+                else open_tokie(content, self._reference)
+            )
+            wrong = _first_difference(fast.encode(raws), self._reference, raws, range(len(raws)))
         except Exception as error:  # see above
             self._abandon(f"refused this tokenizer: {error}")
             return
         if wrong is not None:
-            self._abandon(f"encoded {_shorten(texts[wrong])} differently")
+            self._abandon(f"encoded {_shorten(raws[wrong])} differently")
             return
         self._fast = fast
 
@@ -189,95 +190,6 @@ def adversarial_texts(tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-class _Reference:
-    """`tokenizers`, the reference."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-        self._backend.encode_special_tokens = True
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        arrays: list[npt.NDArray[np.uint32]] = []
-        for batch in _batches(texts):
-            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
-            arrays.extend(np.array(encoding.ids, dtype=np.uint32) for encoding in encodings)
-        ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
-        return Encoded(np.concatenate(arrays) if arrays else np.empty(0, np.uint32), ends)
-
-
-class _Gigatoken:
-    """gigatoken; its caches grow with the text, so a fresh instance takes over now and then."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self._content = json.dumps(content)
-        self._renew()
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        if not texts:
-            return Encoded(np.empty(0, np.uint32), np.empty(0, np.int64))
-        if self._chars > _RECYCLE_CHARS:
-            self._renew()
-        self._chars += sum(map(len, texts))
-        layout = self._backend.encode_batch(list(texts)).layout
-        offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        ids = np.asarray(layout.content.data, dtype=np.uint32)[offsets[0] : offsets[-1]]
-        return Encoded(ids, offsets[1:] - offsets[0])
-
-    def _renew(self) -> None:
-        import gigatoken
-
-        self._backend = gigatoken.Tokenizer.from_json(self._content)
-        self._chars = 0
-
-
-class _Tokie:
-    """tokie, for texts of characters on which it is known to agree; the others go to the reference."""
-
-    def __init__(self, content: dict[str, Any], reference: Engine) -> None:
-        import tokie
-
-        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            self._backend: Any = tokie.Tokenizer.from_json(file.name)
-        self._reference = reference
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        odd = [i for i, text in enumerate(texts) if TOKIE_ODD.search(text)]
-        plain = list(texts)
-        for i in odd:
-            plain[i] = ""
-        ids, lengths = self._backend.encode_batch_flat(plain, add_special_tokens=False)
-        ends = np.cumsum(lengths.astype(np.int64))
-        if not odd:
-            return Encoded(ids, ends)
-        slow = self._reference.encode([texts[i] for i in odd])
-        pieces, done, begin = [], 0, 0
-        for i, end in zip(odd, slow.ends.tolist(), strict=True):
-            pieces += [ids[done : ends[i]], slow.ids[begin:end]]
-            done, begin = int(ends[i]), end
-        lengths = lengths.astype(np.int64)
-        lengths[odd] = np.diff(slow.ends, prepend=0)
-        return Encoded(np.concatenate([*pieces, ids[done:]]), np.cumsum(lengths))
-
-
-TOKIE_ODD = re.compile(
-    "[^\0-\x7e\x80-\u0377\u03a3-\u052f\u0531-\u0556\u1e00-\u1eff\u2000-\u2064\u20a0-\u20c0\u2100-\u218b\u2190-\u2429"
-    "\u2460-\u2b73\u3041-\u3096\u3099-\u30ff\u3220-\ua48c\uac00-\ud7a3\uff01-\uffbe]"
-)
-"""Characters that tokie 0.1.4 normalises in another way, or may: unassigned ones, marks and signs of rare scripts."""
-
-
-def open_tokie(content: dict[str, Any], reference: Engine) -> Engine:
-    """The fast engine for WordPiece; raises whatever tokie raises where it cannot."""
-    return _Tokie(content, reference)
-
-
-def open_gigatoken(content: dict[str, Any]) -> Engine:
-    """The fast engine for a `tokenizer.json`; raises whatever gigatoken raises where it cannot."""
-    return _Gigatoken(content)
-
-
 def _fast_engine(content: dict[str, Any]) -> str | None:
     """Which fast engine serves a `tokenizer.json`; tokie is wrong for BPE on repeated letters, and for Unigram."""
     if content["model"]["type"] == "BPE" and '"ByteLevel"' in json.dumps(content["pre_tokenizer"]):
@@ -289,51 +201,40 @@ def _merged(pair: str | list[str]) -> str:
     return "".join(pair.split(" ", 1) if isinstance(pair, str) else pair)
 
 
-def _batches(texts: Sequence[str]) -> list[list[str]]:
-    batches: list[list[str]] = []
-    room = 0
-    for text in texts:
-        if room <= 0:
-            batches.append([])
-            room = _BATCH_CHARS
-        batches[-1].append(text)
-        room -= len(text)
-    return batches
+def _utf8(text: str, number: int) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"document {number} holds a lone surrogate, U+{ord(text[error.start]):04X}",
+            where=f"document {number}, character {error.start}",
+            remedy="decode the text with errors='replace', or drop the document",
+        ) from error
 
 
-def _refuse_surrogates(texts: Sequence[str]) -> None:
-    for i, text in enumerate(texts):
-        try:
-            if not text.isascii():
-                text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"document {i} holds a lone surrogate, U+{ord(text[error.start]):04X}",
-                where=f"document {i}, character {error.start}",
-                remedy="decode the text with errors='replace', or drop the document",
-            ) from error
+def _spread(number: int) -> float:
+    """A place in [0, 1); those of consecutive numbers lie far apart."""
+    return number * 0.7548776662466927 % 1.0
 
 
-def _sample(pieces: list[str], salt: int) -> list[int]:
-    """A few pieces, about 1/256 of the text, other ones in each call; short ones where there are some."""
-    budget = max(_SAMPLE_CHARS, sum(map(len, pieces)) // _SAMPLE_SHARE)
-    short = [i for i, piece in enumerate(pieces) if len(piece) <= 4 * _SAMPLE_CHARS]
-    among = short or list(range(len(pieces)))
-    chosen, count = [], len(among)
-    for k in range(count):
+def _sample(raws: Sequence[bytes], salt: int) -> set[int]:
+    """Documents of which a piece is checked, other ones in each call; their pieces are about 1/4096 of the text."""
+    budget = max(_SAMPLE_BYTES, sum(map(len, raws)) // _SAMPLE_SHARE)
+    chosen: set[int] = set()
+    for k in range(len(raws)):
         if budget <= 0:
             break
-        # Steps of the golden ratio spread the sample over the batch.
-        i = among[int((salt * 0.7548776662466927 + k * 0.6180339887498949) % 1.0 * count)]
-        chosen.append(i)
-        budget -= len(pieces[i]) + 16
-    return sorted(set(chosen))
+        i = int((_spread(salt) + k * 0.6180339887498949) % 1.0 * len(raws))
+        if i not in chosen:
+            chosen.add(i)
+            budget -= min(len(raws[i]), _SAMPLE_BYTES) + 16
+    return chosen
 
 
-def _first_difference(encoded: Encoded, reference: Engine, texts: Sequence[str], sample: Sequence[int]) -> int | None:
-    if len(encoded.ends) != len(texts):
-        raise ValueError(f"{len(encoded.ends)} results for {len(texts)} texts")
-    expected = reference.encode([texts[i] for i in sample])
+def _first_difference(encoded: Encoded, reference: Engine, raws: Sequence[bytes], sample: Sequence[int]) -> int | None:
+    if len(encoded.ends) != len(raws):
+        raise ValueError(f"{len(encoded.ends)} results for {len(raws)} texts")
+    expected = reference.encode([raws[i] for i in sample])
     starts = np.concatenate([[0], encoded.ends])
     begin = 0
     for i, end in zip(sample, expected.ends, strict=True):
@@ -343,8 +244,9 @@ def _first_difference(encoded: Encoded, reference: Engine, texts: Sequence[str],
     return None
 
 
-def _shorten(text: str) -> str:
-    return ascii(text if len(text) <= 60 else text[:60] + "...")
+def _shorten(raw: bytes) -> str:
+    text = raw[:240].decode(errors="ignore")
+    return ascii(text if len(text) <= 60 and len(raw) <= 240 else text[:60] + "...")
 
 
 def _warn(line: str) -> None:

@@ -64,7 +64,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     content = _read_json(file)
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises bare Exception
         raise TokenizerError(
             f"tokenizer.json is not a tokenizer: {error}", where=str(file), remedy="write the folder again"

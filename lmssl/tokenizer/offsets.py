@@ -43,15 +43,16 @@ class TokenOffsets:
     def encode(self, text: str) -> TokenBytes:
         """The tokens of one document, without special tokens."""
         ids, bounds, num_bytes = [], [], 0
-        for piece in cut_text(text) if self._can_cut else [text]:
+        raw = text.encode()
+        for piece in cut_text(raw) if self._can_cut else [raw]:
             encoded = self._encode_piece(piece)
             ids.append(encoded.ids)
             bounds.append(num_bytes + encoded.bounds[:-1])
             num_bytes += int(encoded.bounds[-1])
         return TokenBytes(np.concatenate(ids), np.concatenate([*bounds, [num_bytes]]))
 
-    def _encode_piece(self, text: str) -> TokenBytes:
-        raw = text.encode()
+    def _encode_piece(self, raw: bytes) -> TokenBytes:
+        text = raw.decode()
         if self._bytes_of is not None:
             (fast,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # without offsets
             exact = _exact_bounds([self._bytes_of.get(token, b"") for token in fast.ids], raw)

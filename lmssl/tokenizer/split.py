@@ -21,10 +21,10 @@ SPLIT_PATTERNS: dict[str, str] = {
 SINGLE_SPACES = ((r"\s+", " "), (r" $", ""))
 """(pattern, replacement): white space to single spaces, none at the end; Metaspace splits at spaces only."""
 
-PIECE_CHARS = 65_536
+PIECE_BYTES = 65_536
 """Documents longer than this are cut where that is safe; `tokenizers` has no parallelism inside a document."""
 
-_CUT = re.compile(r"(?<=[^\W_]) ")
+_SPACE = re.compile(rb"(?<=[A-Za-z0-9\x80-\xbf]) ")
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer"}
 
 
@@ -39,29 +39,39 @@ def can_cut(content: dict[str, Any]) -> bool:
     return _is_local(content.get("normalizer")) and _begins_at_space(content.get("pre_tokenizer"))
 
 
-def cut_text(text: str, size: int = PIECE_CHARS) -> list[str]:
-    """Pieces of at least `size` characters, the last excepted, each later one beginning at a safe space."""
+def cut_text(raw: bytes, size: int = PIECE_BYTES) -> list[bytes]:
+    """Pieces of UTF-8 of at least `size` bytes, the last excepted, each later one beginning at a safe space."""
     pieces, start = [], 0
-    while len(text) - start > size:
-        found = _CUT.search(text, start + size)
-        if found is None:
+    while len(raw) - start > size:
+        end = _safe_space(raw, start + size)
+        if end is None:
             break
-        pieces.append(text[start : found.start()])
-        start = found.start()
-    pieces.append(text[start:])
+        pieces.append(raw[start:end])
+        start = end
+    pieces.append(raw[start:])
     return pieces
 
 
-def cut_out(text: str, place: int, size: int) -> list[str]:
-    """What stands before, in and after a stretch of about `size` characters from about `place` on, cut at safe spaces.
+def cut_out(raw: bytes, place: int, size: int) -> list[bytes]:
+    """What stands before, in and after a stretch of about `size` bytes from about `place` on, cut at safe spaces.
 
-    >>> cut_out("one two three four", 3, 6)
-    ['one two', ' three', ' four']
+    >>> cut_out(b"one two three four", 3, 6)
+    [b'one two', b' three', b' four']
     """
-    first = _CUT.search(text, place + 1)
-    last = _CUT.search(text, first.start() + size) if first else None
-    cuts = [0, *(found.start() for found in (first, last) if found), len(text)]
-    return [text[a:b] for a, b in pairwise(cuts)]
+    first = _safe_space(raw, place + 1)
+    last = _safe_space(raw, first + size) if first is not None else None
+    cuts = [0, *(cut for cut in (first, last) if cut is not None), len(raw)]
+    return [raw[a:b] for a, b in pairwise(cuts)]
+
+
+def _safe_space(raw: bytes, start: int) -> int | None:
+    """The first space from `start` on that follows a letter or digit."""
+    while found := _SPACE.search(raw, start):
+        space = found.start()
+        if raw[space - 1] < 0x80 or raw[max(0, space - 4) : space].decode(errors="ignore")[-1].isalnum():
+            return space
+        start = space + 1
+    return None
 
 
 def _is_local(normalizer: dict[str, Any] | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -59,9 +58,8 @@ def train(loaded: Loaded) -> Path:
         try:
             with stop_flag() as stop:
                 _loop(session, console, log, stop)
-            console.note(closing_line(session))
-            if main and (line := _list_bad_records(session)) is not None:
-                console.note(line)
+            for text in (closing_line(session), *session.set_aside.notes()):
+                console.note(text)
         finally:
             if log is not None:
                 log.close()
@@ -120,6 +118,8 @@ def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: S
             if evaluate_due:
                 _evaluate(session, console, log)
                 clock.restart(state.tokens_seen)
+            if evaluate_due or save_due or stopping:
+                session.list_set_aside()
             if save_due or stopping:
                 session.save()
                 clock.restart(state.tokens_seen)
@@ -133,6 +133,7 @@ def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: S
         close = getattr(batches, "close", None)
         if close is not None:
             close()
+        session.list_set_aside()
 
 
 def _due(step: int, every_steps: int | None) -> bool:
@@ -251,19 +252,6 @@ def closing_line(session: Session) -> str:
         f"{totals.num_cut_documents:,} cut documents, {totals.num_bad_records:,} bad records, "
         f"{session.state.skipped_steps:,} skipped steps; epochs: {epochs}"
     )
-
-
-def _list_bad_records(session: Session) -> str | None:
-    """Write the records that were set aside beside the run, and say where; None where there are none."""
-    found = session.stream.bad_records(session.state.cursor)
-    if not found:
-        return None
-    rows = ({"file": file, "record": bad.number, "start": bad.start, "reason": bad.reason} for file, bad in found)
-    path = session.run / "bad_records.jsonl"
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
-    return f"{len(found):,} bad records are listed in {path}"
 
 
 class Clock:

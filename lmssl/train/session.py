@@ -23,7 +23,7 @@ from lmssl.data.ledger import Ledger
 from lmssl.data.order import kept_position, skipped_before
 from lmssl.data.stream import SequenceStream
 from lmssl.data.validation import ValidationSplit
-from lmssl.errors import CheckpointError
+from lmssl.errors import CheckpointError, LmsslError
 from lmssl.evaluate.loss import LossResult, evaluate_loss
 from lmssl.model.build import build_config, build_model
 from lmssl.objective.base import MicroBatch, Objective, SumObjective
@@ -43,6 +43,7 @@ from lmssl.train.launch import (
     open_accelerator,
     set_determinism,
 )
+from lmssl.train.set_aside import SetAside
 from lmssl.train.state import TrainState
 
 FREE_FIELDS = (
@@ -74,6 +75,7 @@ class Session:
     state: TrainState
     compiled: str
     report: Report
+    set_aside: SetAside
 
     def batches(self) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches, step by step, from the cursor to the end of the run."""
@@ -128,6 +130,14 @@ class Session:
             checkpoint.prune(self.run, self.recipe.checkpoint.keep_last)
         self.accelerator.wait_for_everyone()
 
+    def list_set_aside(self) -> None:
+        """Bring the lists of what was left out up to the cursor, from the main process; training never fails on it."""
+        if self.accelerator.is_main_process:
+            try:
+                self.set_aside.write(self.state.cursor)
+            except (LmsslError, OSError) as error:
+                self.report(f"what was left out of the text cannot be listed, training goes on: {error}")
+
 
 def open_session(recipe: Recipe, report: Report) -> Session:
     """Check, build, and continue from the newest valid checkpoint where there is one.
@@ -168,7 +178,8 @@ def open_session(recipe: Recipe, report: Report) -> Session:
         report(f"continuing {run} from step {found.step}")
     module = accelerator.prepare_model(core)
     session = Session(
-        recipe, run, accelerator, config, stream, objective, core, module, optimizer, state, compiled, report
+        *(recipe, run, accelerator, config, stream, objective, core, module, optimizer, state, compiled, report),
+        set_aside=SetAside(run, stream, _read_positions(state, recipe)),
     )
     _open_run_folder(session, tokenizer)
     return session

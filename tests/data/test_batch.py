@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lmssl.data.batch import SequenceBatch, num_micro_batches, training_batches, validation_batches
+from lmssl.data.cache import Cancelled
 from lmssl.data.order import permutation
 from lmssl.data.stream import SequenceStream
 from lmssl.data.units import list_units
@@ -164,6 +165,16 @@ def test_closing_early_leaves_nothing_behind(stream: SequenceStream, workers: in
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_someone_else_cancels_ends_the_reading(stream: SequenceStream, workers: int) -> None:
+    running = batches(stream, num_steps=10**6, workers=workers)
+    next(running)
+    stream.cancel.set()
+    with pytest.raises(Cancelled):
+        list(running)
+    assert no_threads_left() and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_errors_arrive_whole(stream: SequenceStream, workers: int) -> None:
     with pytest.raises(DataError) as caught:
         next(batches(stream, fails, workers=workers))
@@ -217,10 +228,13 @@ def test_building_ahead_says_why_it_stopped(open_stream: Open, jsonl: Any) -> No
 
 
 def test_windows_are_built_ahead(stream: SequenceStream) -> None:
-    running = batches(stream, num_steps=100)
+    running = batches(stream, batch_sequences=1, num_steps=100)
     next(running)
-    wait_for(lambda: len(stream.ledger.entries("a")) >= 2)
+    wait_for(lambda: all(len(stream.ledger.entries(corpus)) >= 2 for corpus in "ab"))
     running.close()  # type: ignore[attr-defined]
+    # One position was read and a few more are prefetched, all in the first window of their corpus.
+    assert {stream.address(position).window for position in range(8)} == {0}
+    assert [len(stream.ledger.entries(corpus)) for corpus in "ab"] == [2, 2]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import threading
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmssl.data import cache as module
-from lmssl.data.cache import Cancelled, Chunk, ChunkCache, bad_records, read_chunk, text_hash
+from lmssl.data import chunk as module
+from lmssl.data.cache import Cancelled, ChunkCache, Claim
+from lmssl.data.chunk import Chunk, bad_records, read_chunk, text_hash
 from lmssl.data.corpus import Unit, list_units
 from lmssl.errors import DataError
 from lmssl.recipe.data import JsonlCorpus, TextCorpus
@@ -199,10 +201,6 @@ def test_read_chunk_of_nothing(tmp_path: Path) -> None:
     assert read_chunk(tmp_path / "missing") is None
 
 
-def test_hashes_ignore_surrounding_whitespace() -> None:
-    assert text_hash(" a b\n") == text_hash("a b") != text_hash("a  b")
-
-
 @pytest.mark.parametrize("kind", ["sections", "whole"])
 def test_a_long_document_without_whitespace(open_cache: Any, tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
     text = "".join(np.random.default_rng(2).choice(["stone", "river", "é", "moon", "x1"], 100_000).tolist())
@@ -228,3 +226,26 @@ def test_a_long_document_without_whitespace(open_cache: Any, tmp_path: Path, tok
         starts = np.cumsum([0, *sizes]).tolist()
         pieces = [raw[a:b].decode() for a, b in pairwise(starts)]
         assert ids == [tokenizer.backend.encode(piece).ids for piece in pieces]
+
+
+def test_a_claim_is_built_once_by_whoever_holds_it(open_cache: Any, unit: Unit) -> None:
+    cache, other = open_cache(), open_cache()
+    claim = cache.claim(unit, 0)
+    assert isinstance(claim, Claim) and (claim.is_new, claim.is_last) == (True, True)
+    found: list[Any] = []
+    waiting = threading.Thread(target=lambda: found.append(other.claim(unit, 0)))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    chunk = claim.build()
+    waiting.join(10)
+    assert [type(it) for it in found] == [Chunk] and found[0].meta == chunk.meta
+    assert (cache.num_built, other.num_built) == (1, 0)
+
+
+def test_a_claim_that_is_dropped_lets_others_build(open_cache: Any, unit: Unit) -> None:
+    claim = open_cache().claim(unit, 0)
+    assert isinstance(claim, Claim)
+    del claim
+    gc.collect()
+    assert open_cache().get(unit, 0).meta.num_documents == 50

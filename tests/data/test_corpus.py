@@ -17,19 +17,19 @@ from lmssl.recipe.data import DatasetsCorpus, JsonlCorpus, TextCorpus
     st.integers(4, 50),
 )
 def test_sections_join_to_the_text(text: str, section_bytes: int) -> None:
-    sections = cut_sections(text, section_bytes)
-    assert "".join(section for _, section in sections) == text
+    sections = cut_sections(text.encode(), section_bytes)
+    assert "".join(section.decode() for _, section in sections) == text  # no character is cut
     assert [offset for offset, _ in sections] == [
-        len("".join(section for _, section in sections[:i]).encode()) for i in range(len(sections))
+        len(b"".join(section for _, section in sections[:i])) for i in range(len(sections))
     ]
-    assert all(len(section.encode()) <= section_bytes * 3 // 2 + 3 for _, section in sections)
+    assert all(len(section) <= section_bytes * 3 // 2 + 3 for _, section in sections)
 
 
 def test_sections_end_at_blank_lines_then_lines_then_words() -> None:
-    paragraphs = [section for _, section in cut_sections("aaa bbb\nccc\n\n" * 9, 30)]
-    assert all(section.endswith("\n\n") for section in paragraphs)
-    assert all(section.endswith("\n") for _, section in cut_sections("aaa bbb\n" * 9, 20))
-    assert all(section.endswith(" ") for _, section in cut_sections("aaa " * 20, 20)[:-1])
+    paragraphs = [section for _, section in cut_sections(b"aaa bbb\nccc\n\n" * 9, 30)]
+    assert all(section.endswith(b"\n\n") for section in paragraphs)
+    assert all(section.endswith(b"\n") for _, section in cut_sections(b"aaa bbb\n" * 9, 20))
+    assert all(section.endswith(b" ") for _, section in cut_sections(b"aaa " * 20, 20)[:-1])
 
 
 def test_documents_know_where_they_come_from(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from lmssl.data.batch import SequenceBatch, training_batches
-from lmssl.data.cache import DOCUMENT_FIELDS
+from lmssl.data.chunk import DOCUMENT_FIELDS
 from lmssl.data.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle, Middles, document_ids
 from lmssl.data.stream import SequenceStream
 from lmssl.data.window import Window

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lmssl.data import locate
-from lmssl.data.cache import text_hash
+from lmssl.data.chunk import text_hash
 from lmssl.data.locate import DocumentFinder, Source
 from lmssl.data.units import list_units
 from lmssl.errors import DataError

@@ -1,7 +1,9 @@
 import json
 from collections import Counter
+from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,17 @@ SHARES = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)
 @given(st.integers(0, 500), st.integers(0, 2**40), st.text(max_size=5))
 def test_a_permutation_holds_every_index_once(count: int, seed: int, name: str) -> None:
     assert sorted(permutation(count, seed, name)) == list(range(count))
+
+
+@given(st.integers(1, 300), st.integers(0, 2**40), st.lists(st.integers(0, 9) | st.text(max_size=3), max_size=3))
+def test_a_permutation_is_a_function_of_its_key_and_has_an_inverse(count: int, seed: int, key: list[int | str]) -> None:
+    order = permutation(count, seed, *key)
+    inverse = np.argsort(order)
+    assert (permutation(count, seed, *key) == order).all()
+    assert (order[inverse] == np.arange(count)).all() and (inverse[order] == np.arange(count)).all()
+    if count > 20:  # 1 in 20! would be a chance
+        assert (permutation(count, seed + 1, *key) != order).any()
+        assert (permutation(count, seed, *key, "more") != order).any()
 
 
 def test_permutations_are_pinned() -> None:
@@ -50,6 +63,30 @@ def test_counts_are_exact_monotone_and_near_the_weights(shares: list[int], block
     total = sum(shares)
     for count, share in zip(counts, shares, strict=True):
         assert abs(count * total - block * block_sequences * share) < 2 * total
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=3).filter(any), st.integers(1, 300), st.integers(0, 10**7))
+def test_up_to_three_corpora_stay_within_one_sequence(shares: list[int], block_sequences: int, block: int) -> None:
+    mixture, total = Mixture(shares, block_sequences, (0,)), sum(shares)
+    before, after = mixture.count_before(block), mixture.count_before(block + 1)
+    used = sum(share > 0 for share in shares)
+    for a, b, share in zip(before, after, shares, strict=True):
+        ideal = Fraction(block * block_sequences * share, total)
+        assert abs(a - ideal) <= Fraction(used - 1, 2)
+        if used == 2:  # then a block alone is as exact
+            assert abs(b - a - Fraction(block_sequences * share, total)) < 1
+
+
+def test_mixtures_of_many_corpora_stay_within_about_one_sequence() -> None:
+    draw = np.random.Generator(np.random.Philox(1))
+    errors = []
+    for _ in range(200):
+        shares = integer_shares([round(float(weight), 3) for weight in draw.lognormal(0, 1, draw.integers(4, 13))])
+        mixture, total = Mixture(shares, 1024, (0,)), sum(shares)
+        for block in draw.integers(0, 10**6, 5).tolist():
+            found = zip(mixture.count_before(block), shares, strict=True)
+            errors += [abs(count - Fraction(block * 1024 * share, total)) for count, share in found]
+    assert 0.5 < max(errors) < 1.2
 
 
 @given(SHARES, st.integers(1, 40), st.integers(0, 2**32))

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmssl.data.overlaps import EvaluationText, Overlap, normalised, read_evaluation_text
+from lmssl.data.overlaps import (
+    EvaluationText,
+    Overlap,
+    dropped_overlaps,
+    normalised,
+    read_evaluation_text,
+)
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import DataError
 from lmssl.recipe.data import DecontaminateSection, JsonlCorpus, TokensCorpus
@@ -219,6 +225,35 @@ def test_a_damaged_column_is_written_again(
         stream._windows._windows.clear()
         stream.sequence(0)
     assert caught.value.where == str(column)
+
+
+def test_what_a_chunk_drops_is_told_without_its_held_out_documents(
+    open_stream: Open, planted: JsonlCorpus, evaluation: Any
+) -> None:
+    stream = open_stream(planted, validation={"ratio": 0.5, "tokens": 10**6}, filters=evaluation(TEXT))
+    column, told = stream.layout.filters.overlap_column, []
+    assert column is not None
+    for _, window in stream.first_epoch("planted"):
+        for chunk in window.chunks:
+            told += dropped_overlaps(chunk, column, stream.layout.seed, stream.layout.held_out_ratio)
+    assert len(told) == stream.totals().num_dropped_overlaps in range(1, 10)
+    records = Path(str(planted.path)).read_bytes()
+    for row in told:
+        assert row.keys() == {"file", "record", "start", "offset", "words"} and row["file"] == planted.path
+        assert TEXT in json.loads(records[row["start"] :].splitlines()[0])["text"]
+        assert row["words"] in " ".join(normalised(TEXT)) and len(row["words"].split()) == 13
+
+
+def test_documents_are_told_without_words_where_these_are_gone(
+    open_stream: Open, planted: JsonlCorpus, evaluation: Any
+) -> None:
+    stream = open_stream(planted, validation=None, filters=evaluation(TEXT))
+    chunks = [chunk for _, window in stream.first_epoch("planted") for chunk in window.chunks]
+    column = str(stream.layout.filters.overlap_column)
+    for chunk in chunks:
+        (chunk.path / column).with_suffix(".jsonl").unlink()
+    told = [row for chunk in chunks for row in dropped_overlaps(chunk, column, 7, 0.0)]
+    assert len(told) == 10 and {row["words"] for row in told} == {None}
 
 
 def test_tokens_have_no_text_to_compare(open_stream: Open, evaluation: Any, tmp_path: Path) -> None:

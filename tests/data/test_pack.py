@@ -65,9 +65,26 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int], sequence_length: in
 
 
 @given(LENGTHS, SEQUENCE_LENGTHS)
+def test_no_two_sequences_of_best_fit_could_be_one(lengths: list[int], sequence_length: int) -> None:
+    packing = pack_best_fit(lengths, sequence_length)
+    used = sorted(packing.lengths[a:b].sum() for a, b in pairwise(packing.offsets))
+    assert all(a + b > sequence_length for a, b in pairwise(used))
+    # So at most one sequence is less than half full, and without cuts no packing needs half as many.
+    assert packing.num_sequences < 2 * sum(lengths) / sequence_length + 1
+
+
+@given(LENGTHS, SEQUENCE_LENGTHS)
+def test_best_fit_pads_no_more_than_one_sequence_per_document(lengths: list[int], sequence_length: int) -> None:
+    best, none = pack_best_fit(lengths, sequence_length), pack_none(lengths, sequence_length)
+    assert best.num_sequences <= none.num_sequences
+    assert -(-sum(lengths) // sequence_length) <= best.num_sequences
+
+
+@given(LENGTHS, SEQUENCE_LENGTHS)
 def test_concat_pads_the_last_sequence_alone(lengths: list[int], sequence_length: int) -> None:
     packing = pack_concat(lengths, sequence_length)
     assert packing.num_padding < sequence_length
+    assert packing.num_sequences == -(-sum(lengths) // sequence_length)
     assert list(packing.documents) == sorted(packing.documents)
 
 

@@ -108,7 +108,7 @@ def test_a_bad_line_is_set_aside(tmp_path: Path, line: bytes, reason: str) -> No
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "before"}\n' + b"\n" * 2 + line + b'\n{"text": "after"}\n')
     before, bad, after = read(JSONL, path)
-    assert (before, after) == (Record("before", 0, 0), Record("after", 2, 21 + len(line) + 1))
+    assert (before, after) == (Record(b"before", 0, 0), Record(b"after", 2, 21 + len(line) + 1))
     assert isinstance(bad, BadRecord) and (bad.number, bad.start) == (1, 21)
     assert re.search(reason, bad.reason), bad.reason
 

@@ -41,9 +41,9 @@ def test_a_null_is_a_bad_record_and_a_number_is_a_wrong_field() -> None:
 def test_arrow_columns_count_on(tmp_path: Path) -> None:
     columns = [pa.array(["a", "b"]), pa.array(["c", None])]
     assert list(arrow_records(columns, "text", 10)) == [
-        Record("a", 0, 10),
-        Record("b", 1, 11),
-        Record("c", 2, 12),
+        Record(b"a", 0, 10),
+        Record(b"b", 1, 11),
+        Record(b"c", 2, 12),
         BadRecord(3, 13, "field 'text' holds NoneType instead of text"),
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmssl.data.cache import text_hash
+from lmssl.data.chunk import text_hash
 from lmssl.data.filters import is_held_out
 from lmssl.data.search import Match, search
 from lmssl.data.stream import SequenceStream
@@ -102,6 +102,34 @@ def test_a_dropped_document_is_in_no_sequence(open_stream: Open, jsonl: Any, tex
     longest = max(range(400), key=lambda i: len(texts(400)[i]))
     ((match,), _) = found_by(stream, tokenizer, f"0-{longest} ")
     assert (match.split, match.positions) == (None, ())
+
+
+def test_validation_sets_are_searched_too(
+    open_stream: Open, jsonl: Any, texts: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    exam = str(jsonl("exam", 60, seed=3).path)
+    sets = [{"name": "exam", "kind": "jsonl", "path": exam}]
+    stream = open_stream(jsonl("a", 90), validation={"ratio": 0.1, "tokens": 1500, "sets": sets}, sequence_length=32)
+    matches, more = found_by(stream, tokenizer, "-")
+    assert not more and [match.corpus for match in matches] == ["a"] * 90 + ["exam"] * 60
+    (split,) = stream.validation_sets()
+    expected = defaultdict(list)
+    for sequence in Tracer(stream, tokenizer).in_set("exam", range(split.num_sequences)):
+        for record in dict.fromkeys(segment.record for segment in sequence.segments):
+            expected[record].append(sequence.position)
+    assert 10 < len(expected) < 60 and any(len(held) > 1 for held in expected.values())
+    documents = texts(60, 3)
+    for match in matches[90:]:
+        held = expected.get(match.document.record, [])
+        assert match.document.text == documents[match.document.record]
+        assert (match.split, list(match.positions), match.epoch) == ("exam" if held else None, held, None)
+    assert {(match.split, match.epoch) for match in matches[:90]} == {("train", 0), ("validation", None)}
+
+
+def test_a_text_in_no_document_builds_no_validation_set(open_stream: Open, jsonl: Any, tokenizer: Tokenizer) -> None:
+    sets = [{"name": "exam", "kind": "jsonl", "path": str(jsonl("exam", 60, seed=3).path)}]
+    stream = open_stream(jsonl("a", 90), validation={"ratio": 0.1, "tokens": 1500, "sets": sets})
+    assert found_by(stream, tokenizer, "nowhere") == ([], False) and stream._found_sets is None
 
 
 def _hashes(found: list[str]) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lmssl.data.cache import text_hash
+from lmssl.data.chunk import text_hash
 from lmssl.data.filters import is_held_out
 from lmssl.data.statistics import Statistics, measure
 from lmssl.data.stream import SequenceStream
-from lmssl.recipe.data import JsonlCorpus
+from lmssl.recipe.data import JsonlCorpus, TokensCorpus
 from lmssl.tokenizer.load import Tokenizer
 
 Open = Callable[..., SequenceStream]
@@ -64,4 +64,20 @@ def test_sums_of_corpora(open_stream: Open, jsonl: Any) -> None:
 
 
 def test_nothing_has_no_bins() -> None:
-    assert Statistics().bins() == [] and Statistics().to_json()["bytes_per_token"] == 0
+    assert Statistics().bins() == [] and Statistics().to_json()["bytes_per_token"] is None
+
+
+def test_tokens_whose_text_is_unknown_do_not_lower_bytes_per_token(
+    open_stream: Open, jsonl: Any, tmp_path: Path
+) -> None:
+    np.full(5000, 40, "<u2").tofile(tmp_path / "made.ds")
+    np.arange(50, 5001, 50).astype("<u8").tofile(tmp_path / "made.ds.index")
+    made = TokensCorpus(name="made", kind="tokens", path=str(tmp_path / "made.ds"), weight=1.0)
+    stream = open_stream(jsonl("a", 90, weight=1.0), made, validation=None)
+    text, tokens = (measure(stream, corpus, lambda _: None) for corpus in ("a", "made"))
+    assert text.bytes_per_token == text.num_bytes / text.num_tokens > 1
+    assert tokens.num_tokens == 100 * 51 and tokens.to_json()["bytes_per_token"] is None
+    both = text + tokens
+    assert both.num_tokens == text.num_tokens + tokens.num_tokens
+    assert both.bytes_per_token == text.bytes_per_token
+    assert both.to_json()["num_tokens_with_bytes"] == text.num_tokens

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmssl.data.cache import Cancelled, ChunkCache
 from lmssl.data.ledger import Ledger
 from lmssl.data.stream import SequenceStream
 from lmssl.data.window import Row
@@ -283,3 +284,31 @@ def test_a_corpus_of_whitespace(open_stream: Open, tmp_path: Path) -> None:
     path.write_text('{"text": " \\n"}\n' * 9)
     with pytest.raises(DataError, match="the corpus holds no text"):
         open_stream(JsonlCorpus(name="a", kind="jsonl", path=str(path))).sequence(0)
+
+
+def test_an_interruption_leaves_no_trace_in_what_counts_as_a_duplicate(
+    open_stream: Open, jsonl: Any, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, options = jsonl(), {"filters": {"drop_duplicates": True}, "window_chunks": 1}
+    with Path(corpus.path).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts(400)[:40])
+    whole = open_stream(corpus, **options)
+    firsts = {whole.address(position).window: position for position in reversed(one_epoch(whole, "tales"))}
+    rows = {window: whole.sequence(position) for window, position in firsts.items()}
+    assert whole.totals().num_dropped_duplicates > 30
+    again = open_stream(corpus, ledger=whole.ledger, cache="other", **options)
+    assert same(again.sequence(firsts[0]), rows[0])
+    get, count = ChunkCache.get, 0
+
+    def interrupted(cache: ChunkCache, unit: Any, index: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise Cancelled
+        return get(cache, unit, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkCache, "get", interrupted)
+        with pytest.raises(Cancelled):
+            again.sequence(firsts[8])
+    assert all(same(again.sequence(firsts[window]), rows[window]) for window in (2, 3, 1, 8))

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ import pytest
 
 from lmssl.data.cache import ChunkCache
 from lmssl.data.corpus import list_units
-from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan
+from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan, gather_rows
 from lmssl.errors import DataError
 from lmssl.tokenizer.load import Tokenizer
 
@@ -71,12 +70,26 @@ def test_a_chunk_that_vanished(plan: WindowPlan) -> None:
     assert caught.value.where == str(plan.chunks[0])
 
 
-def test_row_arrays_are_whole_after_reuse(plan: WindowPlan) -> None:
-    window = Window(plan, LAYOUT)
-    ids, segments, offsets = np.full(32, 99), np.full(32, 99, np.int32), np.full(32, 99)
-    fill: Callable[..., float] = window.gather_into
-    for index in range(window.num_sequences):
-        fill(index, ids, segments, offsets)
-        fresh = window.gather(index)
-        assert np.array_equal(ids, fresh.ids_T)
-        assert np.array_equal(segments, fresh.segments_T) and np.array_equal(offsets, fresh.offsets_T)
+def test_rows_are_gathered_together_as_one_by_one(plan: WindowPlan) -> None:
+    window, other = Window(plan, LAYOUT), Window(replace(plan, epoch=1), LAYOUT)
+    places = [(window, index) for index in range(window.num_sequences)]
+    places = [place for pair in zip(places, [None] * len(places), strict=True) for place in pair]  # type: ignore[misc]
+    rows = gather_rows([*places, (other, 3)], LAYOUT)
+    assert rows.ids_BT.dtype == rows.offsets_BT.dtype == np.int64 and rows.segments_BT.dtype == np.int32
+    num_padded = 0
+    for row, place in enumerate([*places, (other, 3)]):
+        if place is None:
+            assert (rows.ids_BT[row] == LAYOUT.pad_id).all()
+            assert not rows.segments_BT[row].any() and not rows.offsets_BT[row].any() and not rows.num_bytes_B[row]
+            continue
+        alone = place[0].gather(place[1])
+        assert np.array_equal(rows.ids_BT[row], alone.ids_T)
+        assert np.array_equal(rows.segments_BT[row], alone.segments_T)
+        assert np.array_equal(rows.offsets_BT[row], alone.offsets_T)
+        assert rows.num_bytes_B[row] == alone.num_bytes
+        num_padded += int((alone.segments_T == 0).any())
+        starts = np.flatnonzero(np.diff(alone.segments_T, prepend=0))
+        for start, end in zip(starts, [*starts[1:], 32], strict=True):  # obviously right, if slow
+            expected = np.arange(end - start) if alone.segments_T[start] else np.zeros(end - start)
+            assert np.array_equal(alone.offsets_T[start:end], expected)
+    assert num_padded and gather_rows([], LAYOUT).ids_BT.shape == (0, 32)

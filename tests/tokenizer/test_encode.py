@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from lmssl.errors import TokenizerError
-from lmssl.tokenizer import encode
-from lmssl.tokenizer.encode import Encoded, Encoder, adversarial_texts
+from lmssl.tokenizer import encode, engines
+from lmssl.tokenizer.encode import Encoder, adversarial_texts
+from lmssl.tokenizer.engines import Encoded
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
-from lmssl.tokenizer.split import PIECE_CHARS
+from lmssl.tokenizer.split import PIECE_BYTES
 
 needs_gigatoken = pytest.mark.skipif(importlib.util.find_spec("gigatoken") is None, reason="gigatoken is not installed")
 
@@ -118,17 +120,35 @@ def test_stored_padding_truncation_and_dropout_have_no_effect(folders: dict[str,
 
 def test_long_documents_are_cut_without_effect(trained: Tokenizer, texts: list[str]) -> None:
     long = "\n\n".join(texts * 2)
-    assert len(long) > PIECE_CHARS
+    assert len(long) > PIECE_BYTES
     whole = trained.backend.encode(long, add_special_tokens=False).ids
     for engine in ("auto", "reference"):
-        assert documents(Encoder(trained, engine).encode(["first", long, "x" * PIECE_CHARS * 2]))[1] == whole
+        assert documents(Encoder(trained, engine).encode(["first", long, "x" * PIECE_BYTES * 2]))[1] == whole
 
 
 def test_batches_of_the_reference_do_not_show(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["one two", "", "three", "four five six"]
     expected = documents(Encoder(trained, "reference").encode(texts))
-    monkeypatch.setattr(encode, "_BATCH_CHARS", 6)
+    monkeypatch.setattr(engines, "_BATCH_BYTES", 6)
     assert documents(Encoder(trained, "reference").encode(texts)) == expected
+
+
+@needs_gigatoken
+def test_a_piece_too_long_to_check_is_still_encoded(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_MAX_CHECKED_BYTES", 1000)
+    encoder, long = Encoder(byte_level), "日本語のテキスト、" * 10_000
+    checked: list[int] = []
+    reference = encoder._reference.encode
+
+    def watched(raws: Sequence[bytes]) -> Encoded:
+        checked.extend(map(len, raws))
+        return reference(raws)
+
+    monkeypatch.setattr(encoder._reference, "encode", watched)
+    assert documents(encoder.encode([long, "short"])) == documents(
+        Encoder(byte_level, "reference").encode([long, "short"])
+    )
+    assert encoder.engine == "gigatoken" and max(checked, default=0) <= 1000
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])
@@ -157,13 +177,48 @@ def test_gigatoken_agrees(byte_level: Tokenizer, texts: list[str]) -> None:
 
 
 @needs_gigatoken
+def test_gigatoken_on_one_core_agrees(byte_level: Tokenizer, texts: list[str]) -> None:
+    alone, reference = Encoder(byte_level, all_cores=False), Encoder(byte_level, "reference")
+    for batch in (texts, adversarial_texts(byte_level), [""], ["", "a", ""], []):
+        assert documents(alone.encode(batch)) == documents(reference.encode(batch))
+    assert alone.engine == "gigatoken"
+
+
+@needs_gigatoken
+def test_threads_share_an_encoder(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_MAX_CACHED_BYTES", 10_000)
+    encoder = Encoder(byte_level)
+    batches = [[f"batch {i} text {j} {'word ' * (j % 50)}" for j in range(300)] for i in range(24)]
+    expected = [documents(Encoder(byte_level, "reference").encode(batch)) for batch in batches]
+    with ThreadPoolExecutor(4) as executor:
+        assert list(executor.map(documents, executor.map(encoder.encode, batches))) == expected
+    assert encoder.engine == "gigatoken"
+
+
+@needs_gigatoken
+def test_words_that_repeat_cost_little(byte_level: Tokenizer) -> None:
+    fast = Encoder(byte_level)._fast
+    assert isinstance(fast, engines._Gigatoken)
+    sizes = []
+    for texts in (
+        [b"the same few words again " * 40] * 256,
+        [b" ".join(b"%x" % (i << 20 | j) for j in range(200)) for i in range(256)],
+    ):
+        fast._renew()
+        fast.encode(texts)
+        sizes.append(fast._cached_bytes)
+    assert sizes[0] * 10 < sizes[1]
+
+
+@needs_gigatoken
 def test_gigatoken_is_renewed(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_RECYCLE_CHARS", 10)
+    monkeypatch.setattr(engines, "_MAX_CACHED_BYTES", 10)
     encoder = Encoder(byte_level)
     first = encoder._fast._backend  # type: ignore[union-attr]
-    expected = Encoder(byte_level, "reference").encode(["some text", "more"])
+    texts = [f"some text {i}" for i in range(200)]
+    expected = Encoder(byte_level, "reference").encode(texts)
     for _ in range(3):
-        assert documents(encoder.encode(["some text", "more"])) == documents(expected)
+        assert documents(encoder.encode(texts)) == documents(expected)
     assert encoder._fast._backend is not first  # type: ignore[union-attr]
 
 
@@ -180,8 +235,8 @@ class Wrong:
         self.reference = Encoder(tokenizer, "reference")
         self.fault = ""
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        ids, ends = self.reference.encode(texts)
+    def encode(self, raws: Sequence[bytes]) -> Encoded:
+        ids, ends = self.reference.encode_utf8(raws)
         if self.fault == "id":
             ids = ids.copy()
             ids[-1] += 1
@@ -195,7 +250,7 @@ class Wrong:
 @pytest.fixture
 def wrong(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Wrong:
     engine = Wrong(byte_level)
-    monkeypatch.setattr(encode, "open_gigatoken", lambda content: engine)
+    monkeypatch.setattr(encode, "open_gigatoken", lambda content, all_cores: engine)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return engine
 
@@ -235,9 +290,9 @@ def test_without_a_report_it_is_a_warning(byte_level: Tokenizer, wrong: Wrong) -
 
 
 def test_samples_are_small_and_reach_every_document() -> None:
-    pieces = ["x" * 1000] * 100
+    pieces = [b"x" * 1000] * 100
     samples = [encode._sample(pieces, call) for call in range(200)]
     assert max(map(len, samples)) <= 5
     assert {i for sample in samples for i in sample} == set(range(100))
-    assert encode._sample([], 0) == []
-    assert encode._sample(["only"], 7) == [0]
+    assert encode._sample([], 0) == set()
+    assert encode._sample([b"only"], 7) == {0}

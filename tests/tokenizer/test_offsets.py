@@ -11,7 +11,7 @@ from tokenizers import normalizers
 from lmssl.tokenizer.encode import Encoder, adversarial_texts
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 from lmssl.tokenizer.offsets import TokenOffsets
-from lmssl.tokenizer.split import PIECE_CHARS
+from lmssl.tokenizer.split import PIECE_BYTES
 
 FOLDERS = ("bpe-4k", "wordpiece-8k", "unigram-8k")
 PROSE = "The naïve café’s Ångström — 日本語 and 👨‍👩‍👧 e\u0301clair, don't  stop;\n\n  ﬁne Straße\t1½ tokens. " * 3
@@ -63,7 +63,7 @@ def test_whole_words_encode_to_the_same_ids_again(root: Path, folder: str) -> No
 
 
 def test_a_long_text_is_measured_in_its_pieces(shipped: Tokenizer) -> None:
-    text = "é one two " * (PIECE_CHARS // 4)
+    text = "é one two " * (PIECE_BYTES // 4)
     found = TokenOffsets(shipped).encode(text)
     expected = Encoder(shipped, "reference").encode([text]).ids
     assert found.ids.tolist() == expected.tolist()

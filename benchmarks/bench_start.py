@@ -1,0 +1,205 @@
+"""How long until the first batch, and how much memory: un-prepared, at position 0 and at position 10^7.
+
+    python benchmarks/bench_start.py TEXT_FOLDER [--pattern '**/*'] [--repeats 3] [--tokenizer tokenizer/bpe-16k]
+
+TEXT_FOLDER holds real text; every matching file in UTF-8 of at most 1 MB becomes a document of JSON lines, in files of
+64 MB. (The memory for one huge document is another question.) Each figure is of a fresh process; model build and
+compilation are no part of it. Results are appended to benchmarks/results/start.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_train import machine
+
+HERE = Path(__file__).parent
+SEED = 1
+MAX_DOCUMENT_BYTES, FILE_BYTES = 10**6, 64 * 10**6
+
+
+def write_text(source: Path, pattern: str, large: Path, small: Path) -> int:
+    """All documents, shuffled, in `large`, the first tenth of the files also in `small`; returns bytes of text."""
+    paths = sorted(path for path in source.glob(pattern) if path.is_file())
+    random.Random(SEED).shuffle(paths)
+    lines, size, total, count = list[str](), 0, 0, 0
+    large.mkdir()
+    small.mkdir()
+    for path in paths:
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if not text.strip() or len(text) > MAX_DOCUMENT_BYTES:
+            continue
+        lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        size, total = size + len(text), total + len(text.encode())
+        if size >= FILE_BYTES or path == paths[-1]:
+            (large / f"{count:04}.jsonl").write_text("".join(lines), encoding="utf-8")
+            lines, size, count = [], 0, count + 1
+    for number in range(max(1, count // 10)):
+        os.link(large / f"{number:04}.jsonl", small / f"{number:04}.jsonl")
+    return total
+
+
+def write_recipe(path: Path, text: Path, args: argparse.Namespace) -> Path:
+    """A recipe whose cache lies beside it."""
+    from bench_data import recipe_of
+
+    path.parent.mkdir(parents=True)
+    recipe = recipe_of({"kind": "jsonl", "path": str(text)}, path.parent, args)
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+def open_stream(args: argparse.Namespace) -> Any:
+    """The stream of a recipe, with the ledger of a checkpoint where one is given."""
+    from lmssl.data.ledger import Ledger
+    from lmssl.data.stream import SequenceStream
+    from lmssl.recipe.load import load_recipe
+    from lmssl.tokenizer.load import load_tokenizer
+
+    section = load_recipe(args.text).recipe.data
+    ledger = Ledger.load(args.ledger) if args.ledger and args.ledger.exists() else None
+    return SequenceStream.open(section, load_tokenizer(Path(args.tokenizer)), SEED, Path(section.cache), ledger)
+
+
+def first_batch(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to open the stream and to have the first batch of 8 sequences from a position on."""
+    from lmssl.data.batch import training_batches
+
+    began = time.perf_counter()
+    stream = open_stream(args)
+    batches = training_batches(
+        stream,
+        batch_sequences=8,
+        micro_batch_sequences=8,
+        world_size=1,
+        rank=0,
+        start_step=args.position // 8,
+        num_steps=10**9,
+        prepare=lambda batch: batch,
+        workers=0,
+    )
+    (batch,) = next(batches)
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]
+    return {"seconds": seconds, "ids": int(batch.ids_BT.sum()), "memory_bytes": peak(resource.RUSAGE_SELF)}
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """`lmssl prepare`: seconds, and the peak memory of its largest process."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "lmssl", "prepare", str(args.text)], capture_output=True, check=True)
+    said = done.stdout.decode().strip().splitlines()[-1]
+    memory = peak(resource.RUSAGE_CHILDREN)
+    return {"seconds": time.perf_counter() - began, "said": said, "memory_bytes": memory}
+
+
+def write_ledger(args: argparse.Namespace) -> dict[str, Any]:
+    """What a checkpoint at a position would hold."""
+    began = time.perf_counter()
+    stream = open_stream(args)
+    stream.ledger_at(args.position + 8).save(args.ledger)
+    return {
+        "seconds": time.perf_counter() - began,
+        "bytes": args.ledger.stat().st_size,
+        "epochs": stream.epochs_at(args.position),
+        "memory_bytes": peak(resource.RUSAGE_SELF),
+    }
+
+
+def peak(who: int) -> int:
+    """Peak memory in bytes of this process or of the largest it waited for; mapped files count where touched."""
+    return resource.getrusage(who).ru_maxrss * 1024
+
+
+TASKS = {"first_batch": first_batch, "prepare": prepare, "write_ledger": write_ledger}
+
+
+def run(task: str, recipe: Path, args: argparse.Namespace, position: int = 0, ledger: Path | None = None) -> Any:
+    """One task in a fresh process."""
+    command = [sys.executable, __file__, str(recipe), "--task", task, "--position", str(position)]
+    command += ["--tokenizer", args.tokenizer, *(["--ledger", str(ledger)] if ledger else [])]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise SystemExit(f"{task} failed:\n{done.stderr[-3000:]}")
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{task:12} {recipe.parent.name:8} {position:10} {json.dumps(row)}", flush=True)
+    return row
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """All figures, by name."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for repeat in range(args.repeats):
+        cold = write_recipe(folder / f"cold{repeat}" / "recipe.json", folder / "large", args)
+        rows.setdefault("first batch, un-prepared", []).append(run("first_batch", cold, args))
+    recipes = {}
+    for repeat in range(args.repeats):
+        for name in ("small", "large"):
+            recipes[name] = write_recipe(folder / f"{name}{repeat}" / "recipe.json", folder / name, args)
+            rows.setdefault(f"prepare, {name}", []).append(run("prepare", recipes[name], args))
+    far, ledger = args.position, folder / "ledger.jsonl"
+    rows["ledger of the far position"] = [run("write_ledger", recipes["large"], args, far, ledger)]
+    for _ in range(args.repeats):
+        rows.setdefault("first batch, position 0", []).append(run("first_batch", recipes["large"], args))
+        rows.setdefault("first batch, far position", []).append(run("first_batch", recipes["large"], args, far, ledger))
+        rows.setdefault("first batch, small, position 0", []).append(run("first_batch", recipes["small"], args))
+    return rows
+
+
+def main() -> None:
+    """Measure and append one record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--pattern", default="**/*")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokenizer", default="tokenizer/bpe-16k")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--position", type=int, default=10**7)
+    parser.add_argument("--out", type=Path, default=HERE / "results/start.jsonl")
+    parser.add_argument("--task", choices=list(TASKS), help=argparse.SUPPRESS)
+    parser.add_argument("--ledger", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        print(json.dumps(TASKS[args.task](args)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        num_bytes = write_text(args.text, args.pattern, folder / "large", folder / "small")
+        rows = measure(args, folder)
+        record = {
+            "benchmark": "start",
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", "benchmarks/bench_start.py", args.text.name, *sys.argv[2:]]),
+            "text": {"name": args.text.name, "bytes": num_bytes},
+            "tokenizer": Path(args.tokenizer).name,
+            "sequence_length": args.sequence_length,
+            "position": args.position,
+            "machine": machine(),
+            "rows": rows,
+        }
+    args.out.parent.mkdir(exist_ok=True)
+    with args.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    for name, found in rows.items():
+        seconds = statistics.median(row["seconds"] for row in found)
+        print(f"{name:32} {seconds:8.2f} s  {max(row['memory_bytes'] for row in found) / 1e6:8.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
