@@ -87,9 +87,9 @@ def start(record: dict[str, Any]) -> str:
     lines = [
         "## Data, time to the first batch and memory\n",
         f"{text['bytes'] / 1e6:,.0f} MB of text ({text['name']}) as JSON lines, and a tenth of it (small); sequences "
-        f"of {record['sequence_length']:,} tokens, batches of 8; far position: {record['position']:,}. Fresh processes; "
-        "the first batch is timed from opening the recipe on, with torch imported, whose memory is included there; `lmssl "
-        "prepare` runs without torch, and the memory is that of its largest process.\n",
+        f"of {record['sequence_length']:,} tokens, batches of 8; far position: {record['position']:,}. Fresh "
+        "processes: the first batch is timed from opening the recipe on, with torch imported, whose memory is included there; "
+        "`lmssl prepare` runs without torch, and the memory is that of its largest process.\n",
         "| what | seconds | peak memory, MB |",
         "| --- | --- | --- |",
     ]

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from multiprocessing import Process, Queue
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 from arguments import parse
-from streaming import LocalDataset, MDSWriter
-from transformers import AutoTokenizer
+
+# Its image datasets import torchvision, which does not load beside every build of torch; nothing here uses them.
+for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+    sys.modules[name] = MagicMock(VisionDataset=object)
+from streaming import LocalDataset, MDSWriter  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 
 def write(args: Any, number: int, counts: Any) -> None:

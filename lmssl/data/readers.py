@@ -7,6 +7,7 @@ tile a file yield every record once, wherever the cuts fall.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ from lmssl.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _PIECE_BYTES = 1 << 20
+_BLANK_LINE = re.compile(rb"(?m)^[ \t\r\v\f]*\n")
 
 
 def read_part(form: Format, part: Part) -> Iterator[Item]:
@@ -98,8 +100,7 @@ def _read_text(file: BinaryIO, part: Part, document: str | None) -> Iterator[Ite
         pieces = [(0, file.read().removeprefix(_BOM))]
     else:
         # A long file that will be cut into sections anyway: the paragraphs of this range, as one text.
-        run = list(_paragraphs(file, part))
-        pieces = [(run[0][0], b"".join(piece for _, piece in run))] if run else []
+        pieces = _run_of_paragraphs(file, part)
     number = 0
     for start, piece in pieces:
         if piece and not piece.isspace():
@@ -125,6 +126,29 @@ def _paragraphs(file: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
             held.append(line)
     if held:
         yield start, b"".join(held)
+
+
+def _run_of_paragraphs(file: BinaryIO, part: Part) -> list[tuple[int, bytes]]:
+    """What `_paragraphs` yields, joined: from the first blank line of the part to the first one behind it."""
+    position = _first_line(file, part)
+    if position is None:
+        return []
+    block = file.read() if part.stop is None else file.read(part.stop - position)
+    if block and not block.endswith(b"\n"):
+        block += file.readline()
+    start = 0
+    if part.start:
+        found = _BLANK_LINE.search(block)
+        if found is None:
+            return []
+        start = found.start()
+    behind: list[bytes] = []
+    for line in file:
+        if not line.strip():
+            break
+        behind.append(line)
+    run = block[start:] + b"".join(behind)
+    return [(position + start, run.removeprefix(_BOM) if position == 0 else run)]
 
 
 def _without_blank_lines(start: int, piece: bytes) -> tuple[int, bytes]:

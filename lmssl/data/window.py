@@ -203,25 +203,24 @@ class Window:
         The runs have shape [2, runs]: how many tokens, and which segment. The last is of padding, where there is some.
         """
         sequence, layout, tokens = self._sequence_at[index], self.layout, self._tokens
-        segments = slice(*self.packing.offsets[sequence : sequence + 2].tolist())
-        bos, eos = layout.bos_id, layout.eos_id
-        # A loop over slices of a few hundred tokens each beats index arrays over the whole sequence.
-        for begin, end, chunk, first, last, to, has_bos, has_eos in self._table[segments].tolist():
-            if self._middles is None:
-                ids_T[to : to + last - first] = tokens[chunk][first:last]
-            if has_bos and bos is not None:
-                ids_T[begin] = bos
-            if has_eos and eos is not None:
-                ids_T[end - 1] = eos
-        if self._middles is not None:
+        first, stop, first_run, stop_run, num_padding = self._spans[sequence].tolist()
+        segments = slice(first, stop)
+        if layout.eos_id is not None:
+            ids_T.fill(layout.eos_id)  # all but the ends of documents is written over
+        if self._middles is None:
+            # A loop over slices of a few hundred tokens each beats index arrays over the whole sequence.
+            for chunk, begin, end, to, to_end in self._table[segments].tolist():
+                ids_T[to:to_end] = tokens[chunk][begin:end]
+        else:
             self._copy_rearranged(self._middles, segments, ids_T)
-        runs = self._runs[:, slice(*self._run_offsets[sequence : sequence + 2].tolist())]
-        if not runs[1, -1]:
-            ids_T[-runs[0, -1] :] = layout.pad_id
-        return runs, float(self._bytes_of[sequence])
+        if layout.bos_id is not None:
+            ids_T[self._bos_places(segments)] = layout.bos_id
+        if num_padding:
+            ids_T[-num_padding:] = layout.pad_id
+        return self._runs[:, first_run:stop_run], self._bytes_of.item(sequence)
 
     def _tabulate(self) -> None:
-        """Of every segment: its bounds in the sequence, what is copied from where to where, has it bos, has it eos."""
+        """Of every segment: of which chunk what is copied (first, stop) to where in the sequence (first, stop)."""
         packing, layout = self.packing, self.layout
         documents, starts, lengths = packing.documents, packing.starts, packing.lengths
         ends = np.cumsum(lengths)
@@ -233,17 +232,23 @@ class Window:
         low, high = np.maximum(starts, bos), np.minimum(starts + lengths, content_ends)
         shift = self._begins[documents] - bos
         places = ends - lengths + low - starts
-        columns = (ends - lengths, ends, self._chunk_of[documents], shift + low, shift + high, places)
-        self._table = np.stack([*columns, starts == 0, starts + lengths > content_ends], axis=1)
+        columns = (self._chunk_of[documents], shift + low, shift + high, places, places + high - low)
+        self._table = np.stack(columns, axis=1)
         shares = self._num_bytes[documents] * (lengths / self._lengths[documents])
         self._bytes_of = np.bincount(_sequence_of(packing), shares, packing.num_sequences)
-        self._runs, self._run_offsets = _runs(packing)
+        self._runs, runs, padding = _runs(packing)
+        self._spans = np.stack([packing.offsets[:-1], packing.offsets[1:], runs[:-1], runs[1:], padding], axis=1)
+
+    def _bos_places(self, segments: slice) -> IntArray:
+        """Where in their sequence some segments that start a document begin: one token before their content."""
+        places: IntArray = self._table[segments, 3][self.packing.starts[segments] == 0] - 1
+        return places
 
     def _copy_rearranged(self, middles: Middles, segments: slice, ids_T: IntArray) -> None:
         """Write the content of one sequence among whose documents some are filled in the middle."""
         documents = self.packing.documents[segments]
         begins = self._begins[documents]
-        chunk_of, firsts, lasts, places = self._table[segments, 2:6].T
+        chunk_of, firsts, lasts, places = self._table[segments, :4].T
         which, (firsts, lasts, places) = middles.write(documents, (firsts - begins, lasts - begins, places), ids_T)
         columns = (chunk_of[which], begins[which] + firsts, begins[which] + lasts, places)
         for chunk, first, last, to in np.stack(columns, axis=1).tolist():
@@ -364,8 +369,8 @@ def gather_rows(places: Sequence[tuple[Window, int] | None], layout: Layout) -> 
     return Rows(ids_BT, segments.reshape(shape), offsets.reshape(shape), num_bytes_B)
 
 
-def _runs(packing: Packing) -> tuple[IntArray, IntArray]:
-    """Lengths and numbers of the segments of all sequences, shape [2, runs], and where each sequence's runs begin.
+def _runs(packing: Packing) -> tuple[IntArray, IntArray, IntArray]:
+    """Lengths and numbers of the segments of all sequences, shape [2, runs], where each sequence's runs begin, padding.
 
     Padding is a run of number 0.
     """
@@ -376,7 +381,7 @@ def _runs(packing: Packing) -> tuple[IntArray, IntArray]:
     runs = np.stack([packing.lengths, numbers])
     padding = np.stack([packing.sequence_length - used[short], np.zeros_like(short)])
     offsets = packing.offsets + np.concatenate([[0], np.cumsum(used < packing.sequence_length)])
-    return np.insert(runs, packing.offsets[short + 1], padding, axis=1), offsets
+    return np.insert(runs, packing.offsets[short + 1], padding, axis=1), offsets, packing.sequence_length - used
 
 
 def _sequence_of(packing: Packing) -> IntArray:
