@@ -86,10 +86,10 @@ def start(record: dict[str, Any]) -> str:
     text = record["text"]
     lines = [
         "## Data, time to the first batch and memory\n",
-        f"{text['bytes'] / 1e6:,.0f} MB of text ({text['name']}) as JSON lines, and a tenth of it (small); sequences "
-        f"of {record['sequence_length']:,} tokens, batches of 8; far position: {record['position']:,}. Fresh "
-        "processes: the first batch is timed from opening the recipe on, with torch imported, whose memory is included there; "
-        "`lmssl prepare` runs without torch, and the memory is that of its largest process.\n",
+        f"{text['bytes'] / 1e6:,.0f} MB of text ({text['name']}) as JSON lines, and a tenth (small); sequences of "
+        f"{record['sequence_length']:,} tokens, batches of 8; far position: {record['position']:,}. Fresh processes. "
+        "The first batch is timed from opening the recipe on, with torch imported, whose memory is included there. "
+        "`lmssl prepare` runs without torch; the memory is that of its largest process.\n",
         "| what | seconds | peak memory, MB |",
         "| --- | --- | --- |",
     ]

@@ -94,7 +94,7 @@ def prepare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help=r"Processes. \[default: one per core, divided among launched ranks]")
+        int | None, typer.Option(min=1, help=r"Cores to use. \[default: all, divided among launched ranks]")
     ] = None,
 ) -> None:
     """Tokenize the corpora of a recipe into the cache; under accelerate launch or torchrun all ranks share the work."""

@@ -18,12 +18,17 @@ from unittest.mock import MagicMock
 
 import numpy as np
 from arguments import parse
+from transformers import AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature  # noqa: F401  (before the stand-ins below)
 
 # Its image datasets import torchvision, which does not load beside every build of torch; nothing here uses them.
-for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+STAND_INS = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+for name in STAND_INS:
     sys.modules[name] = MagicMock(VisionDataset=object)
 from streaming import LocalDataset, MDSWriter  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+
+for name in STAND_INS:
+    del sys.modules[name]
 
 
 def write(args: Any, number: int, counts: Any) -> None:
