@@ -122,6 +122,7 @@ def recipe_of(corpus: dict[str, Any], out: Path, args: argparse.Namespace) -> di
             "sequence_length": args.sequence_length,
             "mixture": [{"name": "text", **corpus}],
             "validation": None,
+            "eos": "wordpiece" not in args.tokenizer,  # which has no such token
             "cache": str(out / "cache"),
         },
         "objective": {"kind": "causal"},
@@ -251,7 +252,7 @@ def write(args: argparse.Namespace, num_bytes: int, rows: dict[str, list[dict[st
     record = {
         "benchmark": f"data, {Path(args.tokenizer).name}",
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/bench_data.py", args.text.name, *sys.argv[2:]]),
+        "command": shlex.join(["python", "benchmarks/bench_data.py", args.text.name, *sys.argv[2:]]),
         "text": {
             "name": args.text.name,
             "bytes": num_bytes,

@@ -10,11 +10,13 @@ compilation are no part of it. Results are appended to benchmarks/results/start.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import io
 import json
 import os
 import random
-import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,8 +24,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-from bench_train import machine
 
 HERE = Path(__file__).parent
 SEED = 1
@@ -96,16 +96,20 @@ def first_batch(args: argparse.Namespace) -> dict[str, Any]:
     (batch,) = next(batches)
     seconds = time.perf_counter() - began
     batches.close()  # type: ignore[attr-defined]
-    return {"seconds": seconds, "ids": int(batch.ids_BT.sum()), "memory_bytes": peak(resource.RUSAGE_SELF)}
+    return {"seconds": seconds, "ids": int(batch.ids_BT.sum()), "memory_bytes": peak()}
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """`lmssl prepare`: seconds, and the peak memory of its largest process."""
+    """`lmssl prepare`: seconds, and the peak memory of its main process, which builds like the others."""
+    from lmssl.cli import main
+
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "lmssl", "prepare", str(args.text)], capture_output=True, check=True)
-    said = done.stdout.decode().strip().splitlines()[-1]
-    memory = peak(resource.RUSAGE_CHILDREN)
-    return {"seconds": time.perf_counter() - began, "said": said, "memory_bytes": memory}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = main(["prepare", str(args.text)])
+    assert status == 0
+    assert "torch" not in sys.modules
+    row = {"seconds": time.perf_counter() - began, "said": said.getvalue().strip().splitlines()[-1]}
+    return {**row, "memory_bytes": peak()}
 
 
 def write_ledger(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,13 +121,15 @@ def write_ledger(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
         "bytes": args.ledger.stat().st_size,
         "epochs": stream.epochs_at(args.position),
-        "memory_bytes": peak(resource.RUSAGE_SELF),
+        "memory_bytes": peak(),
     }
 
 
-def peak(who: int) -> int:
-    """Peak memory in bytes of this process or of the largest it waited for; mapped files count where touched."""
-    return resource.getrusage(who).ru_maxrss * 1024
+def peak() -> int:
+    """Peak memory of this process in bytes; mapped files count where touched."""
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 TASKS = {"first_batch": first_batch, "prepare": prepare, "write_ledger": write_ledger}
@@ -182,10 +188,12 @@ def main() -> None:
         folder = Path(scratch)
         num_bytes = write_text(args.text, args.pattern, folder / "large", folder / "small")
         rows = measure(args, folder)
+        from bench_train import machine  # imports torch
+
         record = {
             "benchmark": "start",
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", "benchmarks/bench_start.py", args.text.name, *sys.argv[2:]]),
+            "command": shlex.join(["python", "benchmarks/bench_start.py", args.text.name, *sys.argv[2:]]),
             "text": {"name": args.text.name, "bytes": num_bytes},
             "tokenizer": Path(args.tokenizer).name,
             "sequence_length": args.sequence_length,

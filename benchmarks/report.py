@@ -89,7 +89,7 @@ def start(record: dict[str, Any]) -> str:
         f"{text['bytes'] / 1e6:,.0f} MB of text ({text['name']}) as JSON lines, and a tenth (small); sequences of "
         f"{record['sequence_length']:,} tokens, batches of 8; far position: {record['position']:,}. Fresh processes. "
         "The first batch is timed from opening the recipe on, with torch imported, whose memory is included there. "
-        "`lmssl prepare` runs without torch; the memory is that of its largest process.\n",
+        "`lmssl prepare` runs without torch; the memory is that of its main process.\n",
         "| what | seconds | peak memory, MB |",
         "| --- | --- | --- |",
     ]

@@ -94,10 +94,11 @@ def training_batches(
 
     def requests() -> Iterator[_Request]:
         for step in range(start_step, start_step + num_steps):
-            ahead.want(kept_position(step * batch_sequences, stream.section.skip))
             for number in range(per_step):
                 rows = rank_rows(number, batch_sequences, micro_batch_sequences, world_size, rank)
                 yield _request(stream, step * batch_sequences, rows)
+            # Last, so that the first batch does not wait for windows that come later.
+            ahead.want(kept_position(step * batch_sequences, stream.section.skip))
 
     gatherer = _Gatherer(stream.layout, 2 * len(stream.section.mixture), prepare)
     source: _WorkerSource[T] | _ThreadSource[T] | None = None
