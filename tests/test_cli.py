@@ -62,7 +62,7 @@ def test_the_module_is_the_command(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("verb", "default"),
-    [("demo", "the first free one"), ("prepare", "one per core"), ("data", "1, or the step"), ("export", "RUN/export")],
+    [("demo", "the first free one"), ("prepare", "all, divided"), ("data", "1, or the step"), ("export", "RUN/export")],
 )
 def test_help_shows_defaults_in_brackets(capsys: pytest.CaptureFixture[str], verb: str, default: str) -> None:
     """Brackets are markup where help is printed: unescaped, they and what they hold would be missing."""
