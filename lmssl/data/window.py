@@ -17,14 +17,7 @@ import numpy.typing as npt
 
 from lmssl.data.chunk import Chunk, read_chunk
 from lmssl.data.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle, Middles, document_ids
-from lmssl.data.filters import (
-    Candidates,
-    Dropped,
-    Filters,
-    documents_of,
-    read_duplicates,
-    training_documents,
-)
+from lmssl.data.filters import Candidates, Dropped, Filters, documents_of, read_duplicates, training_documents
 from lmssl.data.order import permutation
 from lmssl.data.pack import PACKINGS, Packing
 from lmssl.errors import DataError
