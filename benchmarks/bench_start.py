@@ -79,12 +79,13 @@ def open_stream(args: argparse.Namespace) -> Any:
 def first_batch(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds to open the stream and to have the first batch of 8 sequences from a position on."""
     from lmssl.data.batch import training_batches
+    from lmssl.recipe.batches import BatchPlan
 
     began = time.perf_counter()
     stream = open_stream(args)
     batches = training_batches(
         stream,
-        batch_sequences=8,
+        plan=BatchPlan.even(8),
         micro_batch_sequences=8,
         world_size=1,
         rank=0,

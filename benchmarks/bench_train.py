@@ -1,6 +1,6 @@
 """Training tokens per second against transformers' Trainer, side by side in one run.
 
-    python benchmarks/bench_train.py [--repeats 3] [--steps 14] [--tiny]
+    python benchmarks/bench_train.py [--objective causal|masked] [--repeats 3] [--steps 14] [--tiny]
 
 Every entrant is a process of its own with the same model config, text, tokenizer, batch, threads and number of
 steps; rounds run A B C A B C. The first `--warmup` steps (compilation among them) are left out of every entrant's
@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import BertConfig, LlamaConfig
 
 from lmssl.data.corpus import read_texts
 from lmssl.recipe.data import PythonDocsCorpus
@@ -33,38 +33,64 @@ from lmssl.shipped import find
 HERE = Path(__file__).parent
 ENTRANTS = {
     "lmssl": [],
-    "Trainer, defaults of run_clm": [],
+    "Trainer, defaults": [],
     "Trainer, bf16": ["--bf16"],
     "Trainer, bf16 + compile": ["--bf16", "--compile"],
 }
 
 
-def prepare(folder: Path, tiny: bool, length: int) -> dict[str, Any]:
-    """The shared inputs: text, tokenizer, model config; returns the model section of our recipe."""
-    tokenizer = find(Path("tokenizer/bpe-16k"))
-    width = 64 if tiny else 384
+def causal_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A llama of 17 million parameters, as a config file for the peers and a model section for us."""
+    width = 64 if args.tiny else 384
     section: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": width * 8 // 3 // 64 * 64 or 64,
-        "num_hidden_layers": 2 if tiny else 6,
+        "num_hidden_layers": 2 if args.tiny else 6,
         "num_attention_heads": width // 64,
         "num_key_value_heads": width // 64,
         "tie_word_embeddings": True,
         "vocab_size": 16384,
     }
-    model = folder / "model"
-    LlamaConfig(**section, max_position_embeddings=length).save_pretrained(model)
+    LlamaConfig(**section, max_position_embeddings=args.length).save_pretrained(folder)
+    return {"kind": "llama", **section}
+
+
+def masked_model(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """BERT mini or small (Turc et al. 2019) without dropout, with a vocabulary of 30,528."""
+    width = {"tiny": 128, "mini": 256, "small": 512}["tiny" if args.tiny else args.size]
+    section: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 2 if args.tiny else 4,
+        "num_attention_heads": width // 64,
+        "vocab_size": 30528,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    BertConfig(**section, max_position_embeddings=args.length).save_pretrained(folder)
+    return {"kind": "bert", **section}
+
+
+MODELS = {"causal": causal_model, "masked": masked_model}
+TOKENIZERS = {"causal": "tokenizer/bpe-16k", "masked": "tokenizer/wordpiece-30k"}
+
+
+def prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The shared inputs: text, tokenizer, model config; returns the model section of our recipe."""
+    tokenizer, model = find(Path(TOKENIZERS[args.objective])), folder / "model"
+    section = MODELS[args.objective](model, args)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(tokenizer / name, model / name)
     with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
         for text in read_texts([PythonDocsCorpus(name="python_docs", kind="python_docs")]):
             file.write(json.dumps({"text": text}) + "\n")
-    return {"kind": "llama", **section}
+    return section
 
 
 def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, number: int) -> dict[str, Any]:
     """One lmssl run; step times come from its metrics."""
     tokens = args.rows * args.length
+    rates = {"rate": args.rate, "evaluation_rate": args.rate} if args.objective == "masked" else {}
     recipe = {
         "name": "bench",
         "out": str(folder / f"run-{number}"),
@@ -75,7 +101,7 @@ def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, number
             "validation": None,
             "cache": str(folder / f"cache-{number}"),
         },
-        "objective": {"kind": "causal"},
+        "objective": {"kind": args.objective, **rates},
         "model": section,
         "optim": {"kind": "adamw", "lr": 5e-5},
         "schedule": {"kind": "linear"},
@@ -98,7 +124,8 @@ def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, number
 
 def peer(folder: Path, flags: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """One Trainer run."""
-    command = [sys.executable, str(HERE / "peers/trainer_clm.py"), str(folder / "model"), str(folder / "text.jsonl")]
+    command = [sys.executable, str(HERE / "peers/trainer.py"), args.objective]
+    command += [str(folder / "model"), str(folder / "text.jsonl"), "--rate", str(args.rate)]
     command += ["--sequence-length", str(args.length), "--rows", str(args.rows), "--steps", str(args.steps), *flags]
     row: dict[str, Any] = json.loads(run(command).strip().splitlines()[-1])
     return row
@@ -129,6 +156,9 @@ def _cpuinfo() -> list[str]:
 def main() -> None:
     """Run all entrants in rounds and append the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", choices=list(MODELS), default="causal")
+    parser.add_argument("--size", choices=["mini", "small"], default="mini", help="of BERT")
+    parser.add_argument("--rate", type=float, default=0.15, help="share of tokens masked, run_mlm's default")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--warmup", type=int, default=4)
@@ -143,7 +173,7 @@ def main() -> None:
     first: dict[str, list[float]] = {name: [] for name in entrants}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        section = prepare(folder, args.tiny, args.length)
+        section = prepare(folder, args)
         for repeat in range(args.repeats):
             for name, flags in entrants.items():
                 row = ours(folder, section, args, repeat) if name == "lmssl" else peer(folder, flags, args)
@@ -154,9 +184,9 @@ def main() -> None:
                 print(
                     f"round {repeat + 1}  {name:30} {rate:9,.0f} tokens/s  first step {seconds[0]:5.1f} s", flush=True
                 )
-    baseline = rates["Trainer, defaults of run_clm"]
+    baseline = rates["Trainer, defaults"]
     record = {
-        "benchmark": "train",
+        "benchmark": "train" if args.objective == "causal" else f"train, masked, bert-{args.size}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "command": " ".join(["python benchmarks/bench_train.py", *(shlex.quote(word) for word in sys.argv[1:])]),
         "machine": machine(),
@@ -165,6 +195,7 @@ def main() -> None:
         "rows": args.rows,
         "steps": args.steps,
         "warmup": args.warmup,
+        "rate": args.rate if args.objective == "masked" else None,
         "entrants": [
             {
                 "name": name,

@@ -32,11 +32,15 @@ def where(record: dict[str, Any]) -> str:
 def train(record: dict[str, Any]) -> str:
     """Training rates, median over rounds with the range; the ratio is taken round by round."""
     model = record["model"]
+    rate = record.get("rate")
+    masked = "" if rate is None else f", {rate:.0%} of them masked"
+    shape = f"{model['num_hidden_layers']} layers of {model['hidden_size']}, vocabulary {model['vocab_size']:,}"
+    batch = f"{record['rows']} sequences of {record['sequence_length']} tokens a step"
     lines = [
-        "## Training, causal, CPU\n",
-        f"llama, {model['num_hidden_layers']} layers of {model['hidden_size']}, vocabulary {model['vocab_size']:,}; "
-        f"{record['rows']} sequences of {record['sequence_length']} tokens a step; {record['steps']} steps, the first "
-        f"{record['warmup']} not counted; same text (python_docs), tokenizer and threads, processes in turn.\n",
+        f"## Training, {'causal' if rate is None else 'masked'}, CPU\n",
+        f"{model['kind']}, {shape}; {batch}{masked}; {record['steps']} steps, "
+        f"the first {record['warmup']} not counted; same text (python_docs), tokenizer and threads, processes in "
+        "turn.\n",
         "| entrant | tokens/s | ratio | seconds to the first step's end |",
         "| --- | --- | --- | --- |",
     ]

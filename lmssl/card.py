@@ -14,24 +14,61 @@ from lmssl.data.order import skipped_before
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
 
+AUTO_CLASSES = {
+    **dict.fromkeys(("causal", "prefix", "hybrid"), "AutoModelForCausalLM"),
+    "masked": "AutoModelForMaskedLM",
+    "span": "AutoModelForSeq2SeqLM",
+    "replaced": "AutoModelForPreTraining",
+}
+"""The class that loads an export, by kind of objective."""
 
-def write_card(folder: Path, *, run: Path, found: Checkpoint, num_parameters: int) -> None:
+PREDICTIONS = {
+    "causal": "next-token prediction",
+    "prefix": "prefix language modelling",
+    "hybrid": "next-token and masked-next-token prediction",
+    "masked": "masked-token prediction",
+    "span": "span corruption",
+    "replaced": "replaced-token detection",
+}
+PIPELINES = {
+    **dict.fromkeys(("causal", "prefix", "hybrid"), "text-generation"),
+    "masked": "fill-mask",
+    "span": "text2text-generation",
+    "replaced": "feature-extraction",
+}
+USES = {
+    **dict.fromkeys(("causal", "prefix", "hybrid"), "continues text"),
+    "masked": "fills masks",
+    "span": "fills gaps",
+    "replaced": "finds replaced tokens",
+}
+
+
+def write_card(folder: Path, *, run: Path, found: Checkpoint, num_parameters: int, ema: bool = False) -> None:
     """Write README.md with front matter into an export folder.
 
     Args:
         run: the run folder, for metrics and sessions.
         found: the checkpoint that was exported.
+        ema: what was exported is the moving average of its weights.
     """
     recipe = load_recipe(found.path / "recipe.yaml").recipe
     state = json.loads(found.text("state.json"))
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=PIPELINES[recipe.objective.kind],
         tags=["lmssl", "pretraining", recipe.objective.kind],
         model_name=recipe.name,
     )
-    body = _body(recipe, found, state, _sessions(run), num_parameters)
+    body = _body(recipe, found, state, _sessions(run), num_parameters, averaged=_averaged(recipe) if ema else "")
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _averaged(recipe: Recipe) -> str:
+    return (
+        f"The weights here are a moving average over training steps (decay {recipe.train.ema_decay:g}); the numbers "
+        "below are those of the weights themselves.\n\n"
+    )
 
 
 def _sessions(run: Path) -> list[dict[str, object]]:
@@ -40,23 +77,29 @@ def _sessions(run: Path) -> list[dict[str, object]]:
 
 
 def _body(
-    recipe: Recipe, found: Checkpoint, state: dict[str, Any], sessions: list[dict[str, object]], num_parameters: int
+    recipe: Recipe,
+    found: Checkpoint,
+    state: dict[str, Any],
+    sessions: list[dict[str, object]],
+    num_parameters: int,
+    averaged: str,
 ) -> str:
     last = sessions[-1] if sessions else {}
     versions = last.get("versions")
     with_versions = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "unknown"
     document_attention = "on" if recipe.data.document_attention else "off"
     recipe_text = found.text("recipe.yaml").strip()
+    auto_class = AUTO_CLASSES[recipe.objective.kind]
     return f"""# {recipe.name}
 
 A `{recipe.model.kind}` language model with {num_parameters:,} parameters, pretrained from random weights with
-[lmssl](https://pypi.org/project/lmssl/) {__version__} by next-token prediction.
+[lmssl](https://pypi.org/project/lmssl/) {__version__} by {PREDICTIONS[recipe.objective.kind]}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO")
+model = {auto_class}.from_pretrained("PATH_OR_REPO")
 ```
 
 ## Data
@@ -66,11 +109,11 @@ Trained on {state["tokens_seen"]:,} tokens in {found.step:,} steps, sequences of
 packing `{recipe.data.packing}`, document attention {document_attention}.{_changes(recipe, state)}
 
 ## Evaluation
-{_evaluation(state)}
+{averaged}{_evaluation(state)}
 
 ## Limits
-A base model: it continues text and follows no instructions. It repeats what its text says, errors and prejudice
-included.
+A base model: it {USES[recipe.objective.kind]} and follows no instructions. It repeats what its text says, errors and
+prejudice included.
 
 ## How it was made
 Device: {last.get("device", "unknown")}; {with_versions}.
@@ -99,11 +142,17 @@ def _changes(recipe: Recipe, state: dict[str, Any]) -> str:
     limits = [f"{c.name} {c.max_epochs:g}" for c in recipe.data.mixture if c.max_epochs is not None]
     if limits:
         lines.append(f"Shares were lowered to keep to at most so many epochs: {', '.join(limits)}.")
-    tokens_before = state["cursor"] * recipe.data.sequence_length
-    for stage in recipe.data.stages:
-        if stage.from_tokens < tokens_before:
+    for stage, (first, _) in zip(recipe.data.stages, recipe.data.starts[1:], strict=True):
+        if first >= state["cursor"]:
+            continue
+        begin = f"From token {stage.from_tokens:,} on"
+        if stage.weights is not None:
             weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
-            lines.append(f"From token {stage.from_tokens:,} on the weights were: {weights}.")
+            lines.append(f"{begin} the weights were: {weights}.")
+        if stage.sequence_length is not None:
+            lines.append(f"{begin} sequences had {stage.sequence_length} tokens.")
+        if stage.rope_theta is not None:
+            lines.append(f"{begin} the base of rotary positions was {stage.rope_theta:g}.")
     passed = skipped_before(state["cursor"], [(start, end) for start, end in state.get("skip", ())])
     if passed:
         ranges = ", ".join(f"{start} to {end - 1}" for start, end in passed)
@@ -125,6 +174,8 @@ def _evaluation(state: dict[str, Any]) -> str:
 
 def _loss(numbers: dict[str, Any]) -> str:
     bits = numbers["bits_per_byte"]
+    if numbers["loss"] is None:
+        return "no loss, for there was nothing to predict"
     return f"loss {numbers['loss']:.4f} nats per token" + ("" if bits is None else f", {bits:.4f} bits per byte")
 
 

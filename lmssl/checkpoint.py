@@ -5,6 +5,7 @@
     RUN/checkpoints/step-00000500/
         model.safetensors    every weight once, float32, full shape, by the stock model's parameter names
         optim.safetensors    `<state>/<parameter>`
+        ema.safetensors      with `train.ema_decay`: the moving average of every weight, as model.safetensors
         state.json  ledger.jsonl  recipe.yaml  config.json
         manifest.json        format, step, size and sha256 of each file; written last
 
@@ -31,6 +32,9 @@ from lmssl.errors import CheckpointError
 
 FORMAT = 1
 """Version of the layout above; a reader refuses what it does not know."""
+
+AVERAGES = "ema.safetensors"
+"""The file of averaged weights."""
 
 
 @dataclass(frozen=True)

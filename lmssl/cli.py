@@ -218,12 +218,15 @@ def schema(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/gpt-10m.")],
     step: Annotated[int | None, typer.Option(help=r"Which checkpoint. \[default: the newest]")] = None,
-    out: Annotated[Path | None, typer.Option(help=r"Folder to write. \[default: RUN/export]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=r"Folder to write. \[default: RUN/export, or RUN/export-ema]")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Export the moving average that train.ema_decay kept.")] = False,
 ) -> None:
     """Write a checkpoint as a folder for AutoModelForCausalLM, proven equal in a fresh process."""
     from lmssl.export import export_run
 
-    export_run(run, step, out or run / "export")
+    export_run(run, step, out or run / ("export-ema" if ema else "export"), ema=ema)
 
 
 def main(arguments: list[str] | None = None) -> int:

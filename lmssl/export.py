@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lmssl import checkpoint
-from lmssl.card import write_card
-from lmssl.errors import ExportError
+from lmssl.card import AUTO_CLASSES, write_card
+from lmssl.errors import CheckpointError, ExportError
 from lmssl.model.build import build_model
 from lmssl.recipe.load import load_recipe
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
@@ -26,21 +27,27 @@ from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """What an export takes from a tokenizer folder; nothing else travels."""
 
+PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+"""Families whose position ids begin after the padding id."""
+
+RELATIVE_POSITIONS = ("t5", "mt5", "umt5")
+"""Families that read texts of any length."""
+
 LOGITS_TOLERANCE = 1e-4
 """Largest difference of float32 logits between the checkpoint and the export; document and stock attention differ in
 the order of summation."""
 
 VERIFY = """
 import json, sys
-import torch
+import torch, transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, out = sys.argv[1], sys.argv[2]
 probe = json.load(open(sys.argv[3], encoding="utf-8"))
-model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+auto_class = getattr(transformers, probe["auto_class"])
+model = auto_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 with torch.no_grad():
-    logits = model(input_ids=torch.tensor([probe["ids"]])).logits[0].float()
+    logits = model(**{name: torch.tensor([ids]) for name, ids in probe["inputs"].items()})[0].float()
 ids = torch.tensor(tokenizer(probe["text"], add_special_tokens=False)["input_ids"])
 count = torch.tensor(sum(p.numel() for p in model.parameters()))
 assert "lmssl" not in sys.modules
@@ -58,29 +65,33 @@ class Exported:
     num_parameters: int
 
 
-def export_run(run: Path, step: int | None, out: Path, report: Callable[[str], None] = print) -> Exported:
+def export_run(
+    run: Path, step: int | None, out: Path, report: Callable[[str], None] = print, *, ema: bool = False
+) -> Exported:
     """Export a run's checkpoint as a transformers folder and prove it in a process that never imports lmssl.
 
     Args:
         run: a run folder.
         step: which checkpoint; None is the newest.
         out: folder to create; it must not exist or be empty.
+        ema: export the moving average of the weights instead of the weights.
     Raises:
-        CheckpointError: no valid checkpoint.
+        CheckpointError: no valid checkpoint, or none with averages.
         ExportError: `out` is taken or not writable, or the reloaded model differs from the checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not empty", where="--out", remedy="choose another folder or remove it")
     found = checkpoint.find_step(run, step)
-    model = load_model(found)
+    kind = load_recipe(found.path / "recipe.yaml").recipe.objective.kind
+    model = load_model(found, ema=ema)
     tokenizer = load_tokenizer(run / "tokenizer")
     partial = out.parent / f".tmp-{out.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write(model, tokenizer, partial)
-        difference = _verify(model, tokenizer, partial)
-        write_card(partial, run=run, found=found, num_parameters=model.num_parameters())
+        difference = _verify(model, tokenizer, partial, auto_class=AUTO_CLASSES[kind])
+        write_card(partial, run=run, found=found, num_parameters=model.num_parameters(), ema=ema)
         for path in partial.iterdir():
             path.chmod(0o644)
         if out.exists():
@@ -97,11 +108,23 @@ def export_run(run: Path, step: int | None, out: Path, report: Callable[[str], N
     return Exported(out, found.step, difference, model.num_parameters())
 
 
-def load_model(found: checkpoint.Checkpoint) -> PreTrainedModel:
-    """The stock model of a checkpoint, in float32 on CPU."""
+def load_model(found: checkpoint.Checkpoint, *, ema: bool = False) -> PreTrainedModel:
+    """The stock model of a checkpoint, in float32 on CPU; with `ema`, of the averages of its weights.
+
+    Raises:
+        CheckpointError: averages are wanted and the run kept none.
+    """
     config = AutoConfig.for_model(**json.loads(found.text("config.json")))
-    model = build_model(config, seed=load_recipe(found.path / "recipe.yaml").recipe.seed)
-    checkpoint.load_weights(model, found.tensors("model.safetensors"), where=str(found.path))
+    recipe = load_recipe(found.path / "recipe.yaml").recipe
+    model = build_model(config, objective=recipe.objective.kind, seed=recipe.seed)
+    if ema and recipe.train.ema_decay is None:
+        raise CheckpointError(
+            "the run kept no moving average of its weights",
+            where=str(found.path),
+            remedy="export without --ema; train.ema_decay=0.999 keeps one in a new run",
+        )
+    name = checkpoint.AVERAGES if ema else "model.safetensors"
+    checkpoint.load_weights(model, found.tensors(name), where=str(found.path))
     model.eval()
     return model
 
@@ -109,9 +132,9 @@ def load_model(found: checkpoint.Checkpoint) -> PreTrainedModel:
 def _write(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Weights, config, generation config and tokenizer, in the form that transformers 4 and 5 read alike."""
     config = model.config
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
+    if model.can_generate():
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
     disable_progress_bar()
     model.save_pretrained(folder)
     path = folder / "config.json"
@@ -126,20 +149,34 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (tokenizer.path / name).exists():
             shutil.copyfile(tokenizer.path / name, folder / name)
-    _fix_tokenizer_config(folder, max_length=_max_positions(config))
+    accepted = set(inspect.signature(model.forward).parameters)
+    _fix_tokenizer_config(folder, max_length=_max_tokens(config), accepted=accepted)
 
 
-def _max_positions(config: Any) -> int | None:
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+def _max_tokens(config: Any) -> int | None:
+    """The longest text a model reads, special tokens included; None: no limit."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if config.model_type in PADDED_POSITIONS and positions is not None:
+        return positions - int(config.pad_token_id) - 1  # its positions begin after that of padding
+    if config.model_type in RELATIVE_POSITIONS:
+        return None
+    return positions or getattr(config, "n_positions", None)
 
 
-def _fix_tokenizer_config(folder: Path, *, max_length: int | None) -> None:
-    """`TokenizersBackend` is a transformers 5 name that version 4 refuses; the class below loads in both."""
+def _fix_tokenizer_config(folder: Path, *, max_length: int | None, accepted: Collection[str]) -> None:
+    """`TokenizersBackend` is a transformers 5 name that version 4 refuses; the class below loads in both.
+
+    Args:
+        max_length: tokens.
+        accepted: what the model's forward takes; a tokenizer must not give it more.
+    """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if max_length is not None:
         config["model_max_length"] = max_length
+    names = config.get("model_input_names", ["input_ids", "attention_mask"])
+    config["model_input_names"] = [name for name in names if name in accepted]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     specials = {k: v for k, v in config.items() if k.endswith("_token") and k != "add_prefix_token" and v is not None}
     if not (folder / "special_tokens_map.json").exists():
@@ -147,14 +184,17 @@ def _fix_tokenizer_config(folder: Path, *, max_length: int | None) -> None:
         (folder / "special_tokens_map.json").write_text(text, encoding="utf-8")
 
 
-def _verify(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> float:
+def _verify(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, auto_class: str) -> float:
     """Logits, parameter count and token ids of a fresh process against ours; returns the largest logits difference."""
     text = "The quick brown fox jumps over 13 lazy dogs.\n\tdef naïve(): return '漢字'"
     text_ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
-    ids = text_ids[: _max_positions(model.config)]
+    ids = text_ids[: _max_tokens(model.config)]
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = [model.config.decoder_start_token_id, *ids[:-1]]
     folder = folder.resolve()  # the child works inside it
     probe, result = folder / ".probe.json", folder / ".probe.safetensors"
-    probe.write_text(json.dumps({"ids": ids, "text": text}), encoding="utf-8")
+    probe.write_text(json.dumps({"auto_class": auto_class, "inputs": inputs, "text": text}), encoding="utf-8")
     command = [sys.executable, "-c", VERIFY, str(folder), str(result), str(probe)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     if done.returncode != 0:
@@ -167,7 +207,7 @@ def _verify(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> float
     probe.unlink()
     result.unlink()
     with torch.no_grad():
-        ours = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        ours = model(**{name: torch.tensor([value]) for name, value in inputs.items()})[0].float()
     difference = float((ours - theirs["logits"]).abs().max())
     problems = []
     if not difference <= LOGITS_TOLERANCE:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lmssl.model import flops
+from lmssl.recipe.batches import kept_before
+from lmssl.recipe.encoders import RobertaModel
 from lmssl.recipe.load import Loaded, flat
+from lmssl.recipe.objective import AnyObjective, HybridObjective, Masks, SpanObjective
 from lmssl.recipe.sections import Recipe, WsdSchedule, derived_fields
 from lmssl.recipe.source import Origin
 from lmssl.shipped import find
@@ -50,17 +53,22 @@ def built_number(recipe: Recipe) -> Number:
     Raises:
         LmsslError: the tokenizer is missing or the model cannot be built.
     """
-    from lmssl.model.build import build_config, build_model
+    from lmssl.model.build import build_config, build_recipe_model
     from lmssl.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(find(recipe.tokenizer.path))
-    length, vocab_size = recipe.data.sequence_length, recipe.vocab_size(tokenizer.num_tokens)
-    config = build_config(recipe.model, vocab_size=vocab_size, sequence_length=length, tokenizer=tokenizer)
-    model = build_model(config, seed=recipe.seed, device="meta")
+    length, vocab_size = recipe.data.longest_sequence, recipe.vocab_size(tokenizer.num_tokens)
+    kind = recipe.objective.kind
+    config = build_config(
+        recipe.model, objective=kind, vocab_size=vocab_size, sequence_length=length, tokenizer=tokenizer
+    )
+    model = build_recipe_model(recipe, config, device="meta")
     built = sum(parameter.numel() for parameter in model.parameters())
     how = f"{type(model).__name__}, built without weights"
     if flops.has_formula(recipe.model):
-        counted = flops.num_parameters(recipe.model, vocab_size=vocab_size, sequence_length=length).total
+        counted = flops.num_parameters(
+            recipe.model, vocab_size=vocab_size, sequence_length=length, pad_id=tokenizer.pad_id
+        ).total
         how += ", equal to the formula" if counted == built else f"; the formula is off by {counted - built:+,}"
     return Number("parameters_built", built, how)
 
@@ -90,7 +98,8 @@ def as_json(loaded: Loaded, numbers: list[Number]) -> str:
 
 def _step_numbers(recipe: Recipe) -> list[Number]:
     train, schedule = recipe.train, recipe.schedule
-    warmup = math.ceil(schedule.warmup_tokens / train.batch_tokens)
+    plan = recipe.batches
+    warmup = plan.step_at_token(schedule.warmup_tokens - 1) + 1 if schedule.warmup_tokens else 0
     if isinstance(schedule, WsdSchedule):
         decay, how = math.ceil(schedule.decay_ratio * train.tokens / train.batch_tokens), "the last, linear"
     else:
@@ -98,10 +107,18 @@ def _step_numbers(recipe: Recipe) -> list[Number]:
     accumulation = math.ceil(recipe.batch_sequences / train.micro_batch_sequences)
     later = [
         Number(
-            f"stage_{number}_step", _steps_before(recipe, stage.from_tokens), "whole steps before data.stages begins"
+            f"stage_{number}_step",
+            plan.step_at(kept_before(first, recipe.data.skip)),
+            "whole steps before data.stages begins",
         )
-        for number, stage in enumerate(recipe.data.stages, 1)
+        for number, (first, _) in enumerate(recipe.data.starts[1:], 1)
     ]
+    if train.batch_warmup is not None:
+        growing = next(span.first_step for span in plan.spans if span.num_tokens == train.batch_tokens)
+        later += [
+            Number("first_batch_sequences", plan.num_sequences(0), "batch_warmup.from_tokens / data.sequence_length"),
+            Number("batch_warmup_steps", growing, "before steps have train.batch_tokens"),
+        ]
     if recipe.data.skip:
         later.append(Number("skipped_positions", sum(end - start for start, end in recipe.data.skip), "data.skip"))
     return [
@@ -114,34 +131,74 @@ def _step_numbers(recipe: Recipe) -> list[Number]:
     ]
 
 
-def _steps_before(recipe: Recipe, tokens: int) -> int:
-    """Whole steps that are made before a token of the order; positions left out take none."""
-    position = tokens // recipe.data.sequence_length
-    skipped = sum(min(end, position) - start for start, end in recipe.data.skip if start < position)
-    return (position - skipped) // recipe.batch_sequences
-
-
 def _size_numbers(recipe: Recipe) -> list[Number]:
     vocabulary = _vocabulary(recipe)
     names = ("parameters", "flops_per_token", "total_flops", "tokens_per_parameter", "training_bytes")
     if vocabulary.value is None:
         return [vocabulary, *(Number(name, None, "needs the vocabulary") for name in names)]
-    model, length, rows = recipe.model, recipe.data.sequence_length, int(vocabulary.value)
+    model, length, rows = recipe.model, recipe.data.longest_sequence, int(vocabulary.value)
     if not flops.has_formula(model):
         why = f"no formula for {getattr(model, 'kind', 'this kind')}; --model builds and counts it"
         return [vocabulary, *(Number(name, None, why) for name in names)]
-    parameters = flops.num_parameters(model, vocab_size=rows, sequence_length=length)
-    per_token = flops.flops_per_token(model, vocab_size=rows, sequence_length=length)
-    total = per_token * recipe.steps * recipe.train.batch_tokens
+    if recipe.objective.kind == "replaced":
+        return [vocabulary, *(Number(name, None, "no formula for a model with a generator") for name in names)]
+    pad_id = _pad_id(recipe)
+    if isinstance(model, RobertaModel) and model.max_position_embeddings is None and pad_id is None:
+        why = "roberta's positions begin after the pad token, and the tokenizer has none"
+        return [vocabulary, *(Number(name, None, why) for name in names)]
+    ratio = _target_ratio(recipe.objective)
+    parameters = flops.num_parameters(model, vocab_size=rows, sequence_length=length, pad_id=pad_id)
+    by_length = {
+        length: flops.flops_per_token(model, vocab_size=rows, sequence_length=length, target_ratio=ratio)
+        for length in recipe.batches.tokens_by_length()
+    }
+    per_token = by_length[recipe.data.sequence_length]
+    total = sum(by_length[length] * count for length, count in recipe.batches.tokens_by_length().items())
     head = f"head {parameters.head:,}" if parameters.head else "head shared"
     return [
         vocabulary,
         Number("parameters", parameters.total, f"body {parameters.body:,}, embedding {parameters.embedding:,}, {head}"),
-        Number("flops_per_token", per_token, "forward and backward, causal attention"),
+        Number("flops_per_token", per_token, _flops_note(recipe.objective, ratio)),
         Number("total_flops", total, "flops_per_token x tokens of all steps"),
         Number("tokens_per_parameter", recipe.train.tokens / parameters.total, "20 is compute-optimal for training"),
         Number("training_bytes", flops.training_memory(parameters.total).total, "weights, gradients and AdamW in fp32"),
     ]
+
+
+def _target_ratio(objective: AnyObjective) -> float:
+    """Tokens that the head runs at / tokens, over the whole run; in span corruption the decoder's / the encoder's."""
+    if isinstance(objective, SpanObjective):
+        sentinels = objective.rate / objective.mean_span_tokens
+        return (objective.rate + sentinels) / (1 - objective.rate + sentinels)
+    if not isinstance(objective, Masks):
+        return 1.0
+    rate = objective.rate
+    if objective.final_rate is not None:
+        rate += objective.decay_ratio * (objective.final_rate - rate) / 2
+    if isinstance(objective, HybridObjective):
+        return 1 - objective.masked_ratio + objective.masked_ratio * rate
+    return rate
+
+
+def _flops_note(objective: AnyObjective, ratio: float) -> str:
+    if isinstance(objective, SpanObjective):
+        return f"forward and backward, the decoder's {ratio:.3g} tokens for each of the encoder's included"
+    if objective.kind in ("masked", "hybrid"):
+        direction = "attention both ways" if objective.kind == "masked" else "causal attention"
+        return f"forward and backward, {direction}, the head at {ratio:.3g} of the tokens"
+    return "forward and backward, causal attention"
+
+
+def _pad_id(recipe: Recipe) -> int | None:
+    """The pad id as the tokenizer's folder says, without loading the tokenizer; None if that cannot be read."""
+    folder = find(recipe.tokenizer.path)
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["pad_token"]
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        token = token["content"] if isinstance(token, dict) else token
+        return next((int(added["id"]) for added in content["added_tokens"] if added["content"] == token), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _vocabulary(recipe: Recipe) -> Number:

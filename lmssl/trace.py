@@ -73,8 +73,7 @@ def answer(recipe: Recipe, question: Question) -> None:
         seed=recipe.data_seed,
         cache_dir=Path(recipe.data.cache).expanduser(),
         report=report,
-        num_positions=recipe.steps * recipe.batch_sequences,
-        batch_sequences=recipe.batch_sequences,
+        batches=recipe.batches,
     )
     if question.statistics:
         _show_statistics(_measured(stream, notes), recipe, question, out, report)
@@ -159,8 +158,7 @@ def _sequences(tracer: Tracer, recipe: Recipe, question: Question) -> Iterator[T
 def _positions(recipe: Recipe, question: Question) -> range | list[int]:
     if question.position is not None:
         return range(question.position, question.position + (question.count or 1))
-    size = recipe.batch_sequences
-    first = (question.step or 0) * size
+    first, size = recipe.batches.first_position(question.step or 0), recipe.batches.num_sequences(question.step or 0)
     return [kept_position(first + i, recipe.data.skip) for i in range(min(question.count or size, size))]
 
 
@@ -183,7 +181,7 @@ def _print_sequence(
         *([] if held_out else [f"epoch {sequence.epoch}"]),
         f"corpus {', '.join(dict.fromkeys(segment.corpus for segment in sequence.segments))}",
         f"{count} segment{'s' * (count != 1)}",
-        f"{sequence.num_padding_tokens} of {recipe.data.sequence_length} tokens padding",
+        f"{sequence.num_padding_tokens} of {len(sequence.ids)} tokens padding",
     ]
     out.print(Text.assemble((name, "bold"), "  ", "  ".join(facts)), soft_wrap=True)
     for segment in sequence.segments:

@@ -210,15 +210,17 @@ def test_export_and_demo_hand_their_arguments_on(
     import lmssl.export
 
     seen: list[Any] = []
-    monkeypatch.setattr(lmssl.export, "export_run", lambda *given: seen.append(given))
+    monkeypatch.setattr(lmssl.export, "export_run", lambda *given, ema: seen.append((*given, ema)))
     monkeypatch.setattr(lmssl.demo, "run_demo", lambda *given: seen.append(given))
     assert run(capsys, "export", "runs/x")[0] == 0
     assert run(capsys, "export", "runs/x", "--step", "3", "--out", "y")[0] == 0
+    assert run(capsys, "export", "runs/x", "--ema")[0] == 0
     assert run(capsys, "demo")[0] == 0
     assert run(capsys, "demo", "--out", "z")[0] == 0
     assert seen == [
-        (Path("runs/x"), None, Path("runs/x/export")),
-        (Path("runs/x"), 3, Path("y")),
+        (Path("runs/x"), None, Path("runs/x/export"), False),
+        (Path("runs/x"), 3, Path("y"), False),
+        (Path("runs/x"), None, Path("runs/x/export-ema"), True),
         (None,),
         (Path("z"),),
     ]

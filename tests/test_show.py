@@ -138,6 +138,46 @@ def test_the_built_model_agrees_with_the_formula(root: Path) -> None:
     assert number.how == "LlamaForCausalLM, built without weights, equal to the formula"
 
 
+ENCODER = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 96"
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "name"),
+    [
+        (f"{{kind: bert, {ENCODER}}}", "masked", "BertForMaskedLM"),
+        (f"{{kind: roberta, {ENCODER}}}", "masked", "RobertaForMaskedLM"),
+        (f"{{kind: modernbert, {ENCODER}}}", "masked", "ModernBertForMaskedLM"),
+        ("{kind: t5, d_model: 64, d_ff: 96, num_layers: 2, num_heads: 4}", "span", "T5ForConditionalGeneration"),
+    ],
+)
+def test_encoders_are_counted_with_and_without_building(root: Path, model: str, objective: str, name: str) -> None:
+    this = loaded(root, "tokenizer.path=tokenizer/wordpiece-8k", f"objective={{kind: {objective}}}", f"model={model}")
+    number = built_number(this.recipe)
+    assert number.how == f"{name}, built without weights, equal to the formula"
+    assert numbers(this)["parameters"] == number.value
+
+
+def test_the_head_of_a_masked_model_counts_at_its_targets(root: Path) -> None:
+    def flops(objective: str) -> tuple[int, str]:
+        this = loaded(root, "tokenizer.path=tokenizer/wordpiece-8k", f"objective={objective}", f"model={model}")
+        found = {number.name: number for number in derived_numbers(this.recipe)}
+        return int(found["flops_per_token"].value or 0), found["flops_per_token"].how
+
+    model = f"{{kind: bert, {ENCODER}}}"
+    (few, note), (more, _) = flops("{kind: masked, rate: 0.1}"), flops("{kind: masked, rate: 0.2}")
+    vocab_size = numbers(loaded(root, "tokenizer.path=tokenizer/wordpiece-8k"))["vocab_size"]
+    assert more - few == pytest.approx(6 * 0.1 * 64 * (64 + vocab_size), abs=6)
+    assert note == "forward and backward, attention both ways, the head at 0.1 of the tokens"
+    assert flops("{kind: masked, rate: 0.3, final_rate: 0.1}")[1].endswith("at 0.2 of the tokens")
+
+
+def test_positions_after_an_unknown_pad_token_are_not_counted(root: Path, tmp_path: Path) -> None:
+    shutil.copy(root / "tokenizer/wordpiece-8k/tokenizer.json", tmp_path)
+    this = loaded(root, f"tokenizer.path={tmp_path}", "objective={kind: masked}", f"model={{kind: roberta, {ENCODER}}}")
+    found = {number.name: number for number in derived_numbers(this.recipe)}
+    assert found["parameters"].value is None and "pad token" in found["parameters"].how
+
+
 def test_families_without_a_formula_are_built(root: Path) -> None:
     sizes = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 128"
     number = built_number(loaded(root, f"model={{kind: olmo2, {sizes}}}").recipe)

@@ -11,6 +11,7 @@ import pytest
 from lmssl import cli
 from lmssl.data.batch import SequenceBatch, training_batches
 from lmssl.data.stream import SequenceStream
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.load import load_recipe
 from lmssl.tokenizer.load import load_tokenizer
 from runs import small_recipe, write_recipe
@@ -74,7 +75,7 @@ def test_a_step_is_what_training_reads(ask: Ask, recipe: Path, skip: str) -> Non
     assert code == 0
     batches = training_batches(
         open_stream(recipe, f"data.skip={skip}"),
-        batch_sequences=16,
+        plan=BatchPlan.even(16),
         micro_batch_sequences=16,
         world_size=1,
         rank=0,

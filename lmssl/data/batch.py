@@ -23,11 +23,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lmssl.data.cache import Cancelled
+from lmssl.data.layout import Layout
 from lmssl.data.order import kept_position
 from lmssl.data.stream import SequenceStream
 from lmssl.data.validation import ValidationSplit
-from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan, gather_rows
+from lmssl.data.window import OpenWindows, Window, WindowPlan, gather_rows
 from lmssl.errors import DataError, LmsslError
+from lmssl.recipe.batches import BatchPlan
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ def rank_rows(
 def training_batches(
     stream: SequenceStream,
     *,
-    batch_sequences: int,
+    plan: BatchPlan,
     micro_batch_sequences: int,
     world_size: int,
     rank: int,
@@ -83,22 +85,28 @@ def training_batches(
 ) -> Iterator[list[T]]:
     """The micro-batches of this rank, one list per step, from `start_step` on for `num_steps` steps.
 
-    Step s reads the kept positions from s x `batch_sequences` on, those outside the recipe's `data.skip`.
+    `plan` says which positions a step reads, of the kept ones, those outside the recipe's `data.skip`.
+    Where sequences have another length than the first, micro-batches have as many tokens, and at least one sequence.
     `prepare` runs in the loader worker and must be picklable for `workers > 0`. Close the iterator to stop early.
 
     Raises:
         DataError: the text cannot be read or changed, or a loader worker died.
     """
-    per_step = num_micro_batches(batch_sequences, micro_batch_sequences, world_size)
+    steps = range(start_step, start_step + num_steps)
+
+    def micro_sequences(step: int) -> int:
+        return max(1, micro_batch_sequences * plan.sequence_length(0) // plan.sequence_length(step))
+
     ahead = _BuildAhead(stream)
 
     def requests() -> Iterator[_Request]:
-        for step in range(start_step, start_step + num_steps):
-            for number in range(per_step):
-                rows = rank_rows(number, batch_sequences, micro_batch_sequences, world_size, rank)
-                yield _request(stream, step * batch_sequences, rows)
+        for step in steps:
+            first, count, size = plan.first_position(step), plan.num_sequences(step), micro_sequences(step)
+            for number in range(num_micro_batches(count, size, world_size)):
+                rows = rank_rows(number, count, size, world_size, rank)
+                yield _request(stream, first, rows)
             # Last, so that the first batch does not wait for windows that come later.
-            ahead.want(kept_position(step * batch_sequences, stream.section.skip))
+            ahead.want(kept_position(first, stream.section.skip))
 
     gatherer = _Gatherer(stream.layout, 2 * len(stream.section.mixture), prepare)
     source: _WorkerSource[T] | _ThreadSource[T] | None = None
@@ -107,7 +115,8 @@ def training_batches(
             source = _WorkerSource(gatherer, requests(), workers)
         else:
             source = _ThreadSource(gatherer[request] for request in requests())
-        for _ in range(num_steps):
+        for step in steps:
+            per_step = num_micro_batches(plan.num_sequences(step), micro_sequences(step), world_size)
             yield [source.get() for _ in range(per_step)]
     finally:
         stream.cancel.set()
@@ -147,6 +156,8 @@ class _Request:
 
     rows: tuple[tuple[int, int, int] | None, ...]
     plans: tuple[WindowPlan, ...]
+    layout: Layout
+    """Of all of them."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,7 @@ def _request(stream: SequenceStream, first: int, rows: list[int | None]) -> _Req
         position = kept_position(first + row, stream.section.skip)
         address, plan = stream.locate(position)
         found.append((position, plans.setdefault(plan, len(plans)), address.index))
-    return _Request(tuple(found), tuple(plans))
+    return _Request(tuple(found), tuple(plans), stream.layout_at(kept_position(first, stream.section.skip)))
 
 
 class _Gatherer(Dataset[Any], Generic[T]):
@@ -179,7 +190,7 @@ class _Gatherer(Dataset[Any], Generic[T]):
     def __getitem__(self, request: _Request) -> T:
         windows = [self._windows.get(plan) for plan in request.plans]
         found = [row and (row[0], windows[row[1]], row[2]) for row in request.rows]
-        return self._prepare(SequenceBatch.of(found, self._windows.layout))
+        return self._prepare(SequenceBatch.of(found, request.layout))
 
 
 class _Carrying(Dataset[Any]):

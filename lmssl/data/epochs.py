@@ -17,11 +17,12 @@ from lmssl.data.chunk import Chunk, bad_records
 from lmssl.data.columns import stored_array
 from lmssl.data.corpus import Unit, too_many_bad
 from lmssl.data.filters import SeenTexts, duplicates_name, window_duplicates
+from lmssl.data.layout import Layout
 from lmssl.data.ledger import Ledger, LedgerEntry
 from lmssl.data.order import IntArray, permutation
 from lmssl.data.records import BadRecord
 from lmssl.data.units import empty_corpus
-from lmssl.data.window import Layout, Window, WindowPlan
+from lmssl.data.window import Window, WindowPlan
 from lmssl.errors import DataError
 
 _KEPT_PLANS = 8
@@ -101,6 +102,9 @@ class Epochs:
             epoch, window = self._next(number)
             # The first windows are small, so that training starts soon.
             limit = self._window_chunks if epoch else min(self._window_chunks, 1 << min(window, 30))
+            repacked = self._repacked(number)
+            if repacked:
+                limit = self.entry(number - 1).num_chunks
             chunks, place = self._take(epoch, self._start(number), limit)
             built = Window(self._plan_of(number, epoch, window, chunks), self._layout)
             entry = LedgerEntry(
@@ -118,7 +122,8 @@ class Epochs:
                 num_bytes=built.num_bytes,
                 num_padding=built.packing.num_padding,
                 num_cut_documents=built.packing.num_cut_documents,
-                num_bad=sum(chunk.meta.num_bad for chunk in chunks),
+                num_bad=0 if repacked else sum(chunk.meta.num_bad for chunk in chunks),
+                sequence_length=built.plan.sequence_length,
                 **asdict(built.dropped),
             )
             self._check(entry, chunks)
@@ -141,8 +146,7 @@ class Epochs:
             return 0.0
         number, index = self.find(k - 1)
         entry = self.entry(number)
-        begin = self._share(entry.epoch, self._start(number))
-        end = 1.0 if entry.ends_epoch else self._share(entry.epoch, (entry.next_unit, entry.next_chunk))
+        begin, end = self._shares(number)
         return entry.epoch + begin + (end - begin) * (index + 1) / entry.num_sequences
 
     def estimate_sequences(self) -> int:
@@ -169,6 +173,16 @@ class Epochs:
                 remedy="set its max_epochs: null and give it a weight that suits its size",
             )
         return max(1, round(found / self._share(0, (entry.next_unit, entry.next_chunk))))
+
+    def _shares(self, number: int) -> tuple[float, float]:
+        """Between which shares of the epoch's bytes a window's sequences lie."""
+        entry = self.entry(number)
+        if self._repacked(number):
+            (begin, end), before = self._shares(number - 1), self.entry(number - 1)
+            read = len(self._ledger.read(self.corpus, number - 1))
+            return begin + (end - begin) * read / before.num_sequences, end
+        begin = self._share(entry.epoch, self._start(number))
+        return begin, 1.0 if entry.ends_epoch else self._share(entry.epoch, (entry.next_unit, entry.next_chunk))
 
     def _share(self, epoch: int, place: Place) -> float:
         """Share of the corpus's bytes before a place of an epoch; of its units where sizes are unknown."""
@@ -200,9 +214,19 @@ class Epochs:
         if number == 0:
             return 0, 0
         last = self.entry(number - 1)
-        return (last.epoch + 1, 0) if last.ends_epoch else (last.epoch, last.window + 1)
+        ended = last.ends_epoch and not self._repacked(number)
+        return (last.epoch + 1, 0) if ended else (last.epoch, last.window + 1)
+
+    def _repacked(self, number: int) -> tuple[tuple[int, int], ...]:
+        """`WindowPlan.repacked` of a window: empty unless a length that begins with it left some of the one before."""
+        if not number or not self._ledger.is_cut(self.corpus, number - 1):
+            return ()
+        length = self.entry(number - 1).sequence_length or self._layout.sequence_length
+        return (*self._repacked(number - 1), (length, len(self._ledger.read(self.corpus, number - 1))))
 
     def _start(self, number: int) -> Place:
+        if self._repacked(number):
+            return self._start(number - 1)
         last = self.entry(number - 1) if number else None
         return (0, 0) if last is None or last.ends_epoch else (last.next_unit, last.next_chunk)
 
@@ -231,10 +255,15 @@ class Epochs:
         return chunks
 
     def _plan_of(self, number: int, epoch: int, window: int, chunks: Sequence[Chunk]) -> WindowPlan:
-        paths = tuple(chunk.path for chunk in chunks)
-        if not self._layout.filters.drop_duplicates:
-            return WindowPlan(self.corpus, epoch, window, paths)
-        return WindowPlan(self.corpus, epoch, window, paths, duplicates=self._duplicates(number, window, chunks))
+        paths, repacked = tuple(chunk.path for chunk in chunks), self._repacked(number)
+        first = self._ledger.read(self.corpus, number - 1).stop if number else 0
+        length = self._ledger.sequence_length(self.corpus, first)
+        duplicates = None
+        if self._layout.filters.drop_duplicates:  # of a window that repacks, those of the first with its documents
+            duplicates = self._duplicates(number - len(repacked), window - len(repacked), chunks)
+        return WindowPlan(
+            self.corpus, epoch, window, paths, duplicates=duplicates, sequence_length=length, repacked=repacked
+        )
 
     def _duplicates(self, number: int, window: int, chunks: Sequence[Chunk]) -> Path:
         """Where it is written which documents of the window came before in its epoch; written if it is not.

@@ -45,6 +45,8 @@ class LedgerEntry:
     num_dropped_long: int = 0
     num_dropped_duplicates: int = 0
     num_dropped_overlaps: int = 0
+    sequence_length: int | None = None
+    """None: `data.sequence_length`."""
 
     @property
     def num_dropped(self) -> int:
@@ -60,11 +62,25 @@ class Ledger:
     """Windows in order, by corpus; entries are only ever appended."""
 
     def __init__(self, stages: Iterable[Stage], settings: Mapping[str, Any]) -> None:
-        self.stages = tuple(stages)
         self.settings = dict(settings)
         """What the order depends on, by recipe field; compared when a run continues."""
         self._entries: dict[str, list[LedgerEntry]] = {}
         self._ends: dict[str, list[int]] = {}
+        self.stages = tuple(stages)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the order."""
+        return self._stages
+
+    @stages.setter
+    def stages(self, stages: tuple[Stage, ...]) -> None:
+        """Other stages: what is read of each window follows from them."""
+        self._stages = stages
+        for corpus, entries in self._entries.items():
+            self._ends[corpus] = []
+            for entry in entries:
+                self._ends[corpus].append(self._end(entry))
 
     def entries(self, corpus: str) -> list[LedgerEntry]:
         """Windows of a corpus, in order."""
@@ -77,7 +93,7 @@ class Ledger:
 
     def append(self, entry: LedgerEntry) -> None:
         """Add the next window of a corpus."""
-        end = self.num_sequences(entry.corpus) + entry.num_sequences
+        end = self._end(entry)
         # Readers in other threads look at the ends first.
         self._entries.setdefault(entry.corpus, []).append(entry)
         self._ends.setdefault(entry.corpus, []).append(end)
@@ -89,6 +105,40 @@ class Ledger:
         if number == len(ends):
             return None
         return number, k - (ends[number - 1] if number else 0)
+
+    def read(self, corpus: str, number: int) -> range:
+        """Which of a corpus's sequences are those of a window that are read: all, or the first before another length.
+
+        What is left of a window where a stage with another length begins is repacked in the next one.
+        """
+        ends = self._ends[corpus]
+        return range(ends[number - 1] if number else 0, ends[number])
+
+    def is_cut(self, corpus: str, number: int) -> bool:
+        """Whether some of a window is left to be repacked in the next one."""
+        return len(self.read(corpus, number)) < self.entries(corpus)[number].num_sequences
+
+    def sequence_length(self, corpus: str, k: int) -> int | None:
+        """Tokens of a corpus's k-th sequence; None: `data.sequence_length`."""
+        firsts, lengths = self._lengths(corpus)
+        return lengths[bisect_right(firsts, k)]
+
+    def _lengths(self, corpus: str) -> tuple[list[int], list[int | None]]:
+        """Which of a corpus's sequences are the first of another length, and the lengths before and from each on."""
+        firsts: list[int] = []
+        lengths = [stage.sequence_length for stage in self.stages[:1]] or [None]
+        for stage in self.stages[1:]:
+            if stage.sequence_length != lengths[-1]:
+                firsts.append(stage.first_sequences[stage.corpora.index(corpus)])
+                lengths.append(stage.sequence_length)
+        return firsts, lengths
+
+    def _end(self, entry: LedgerEntry) -> int:
+        """Where the part of the next window that is read ends, among the sequences of its corpus."""
+        first = self.num_sequences(entry.corpus)
+        firsts, _ = self._lengths(entry.corpus)
+        following = bisect_right(firsts, first)
+        return min([first + entry.num_sequences, *firsts[following : following + 1]])
 
     def up_to(self, counts: Mapping[str, int]) -> Ledger:
         """The windows that hold the first `counts[corpus]` sequences of each corpus, and no more."""
@@ -131,5 +181,9 @@ class Ledger:
     def text(self) -> str:
         """The JSON lines that `load` reads."""
         first = {"format": _FORMAT, "stages": [stage.to_json() for stage in self.stages], "settings": self.settings}
-        entries = (asdict(entry) for corpus in sorted(self._entries) for entry in self._entries[corpus])
+        entries = (_plain(entry) for corpus in sorted(self._entries) for entry in self._entries[corpus])
         return "".join(json.dumps(line) + "\n" for line in (first, *entries))
+
+
+def _plain(entry: LedgerEntry) -> dict[str, Any]:
+    return {name: value for name, value in asdict(entry).items() if value is not None}

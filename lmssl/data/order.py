@@ -78,10 +78,12 @@ class Stage:
     """Positions per block; shares are exact up to one sequence at each block's end."""
     first_sequences: tuple[int, ...]
     """Sequences of each corpus that earlier stages consumed."""
+    sequence_length: int | None = None
+    """None: `data.sequence_length`."""
 
     def to_json(self) -> dict[str, Any]:
-        """The stage as plain values."""
-        return asdict(self)
+        """The stage as plain values; a length that is the recipe's is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Stage:
@@ -92,6 +94,7 @@ class Stage:
             shares=tuple(values["shares"]),
             block_sequences=values["block_sequences"],
             first_sequences=tuple(values["first_sequences"]),
+            sequence_length=values.get("sequence_length"),
         )
 
 
@@ -129,6 +132,10 @@ class Order:
             if local is not None and (end is None or stage.first_position + local < end):
                 return stage.first_position + local
         return None
+
+    def sequence_length(self, position: int) -> int | None:
+        """Tokens of the sequence at a position; None: `data.sequence_length`."""
+        return self._at(position)[0].sequence_length
 
     def in_use(self, position: int) -> set[str]:
         """Corpora with a share in the stage at a position or in the one after it."""

@@ -1,6 +1,7 @@
 """Documents -> sequences of segments. Pure: lengths in, a `Packing` out.
 
-Every token of every document lands in exactly one segment, and the result depends on the lengths alone.
+Every token of every document lands in exactly one segment, and the result depends on the lengths alone. Around each
+segment there may be `overhead_tokens` more, such as cls and sep: then every cut of a document costs as many again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+_LEAST = 8
+"""Where segments have an overhead, best-fit packing neither fills gaps for fewer tokens nor leaves smaller remainders:
+they would see next to no context, and cost an overhead as well."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +30,19 @@ class Packing:
     documents: IntArray
     """Shape [segments]: the document of each segment."""
     starts: IntArray
-    """Shape [segments]: the document's token at which the segment starts."""
+    """Shape [segments]: the document's token at which the segment starts, overheads not counted."""
     lengths: IntArray
-    """Shape [segments]: tokens of the segment."""
+    """Shape [segments]: tokens of the segment, its overhead included."""
 
     @property
     def num_sequences(self) -> int:
         """Sequences, the last of which may be short."""
         return len(self.offsets) - 1
+
+    @property
+    def sequences(self) -> IntArray:
+        """Shape [segments]: the sequence of each segment."""
+        return np.repeat(np.arange(self.num_sequences), np.diff(self.offsets))
 
     @property
     def num_padding(self) -> int:
@@ -60,71 +70,103 @@ class Packing:
         A sequence without any start, filled by the inside of long documents, stays as it is.
         Source: sequences that begin with a document, as in nanochat's "BOS-aligned" loader.
         """
-        rows = np.repeat(np.arange(self.num_sequences), np.diff(self.offsets))
-        order = np.lexsort((self.starts > 0, rows))  # stable: otherwise the order of the documents
+        order = np.lexsort((self.starts > 0, self.sequences))  # stable: otherwise the order of the documents
         columns = (self.documents[order], self.starts[order], self.lengths[order])
         return Packing(self.sequence_length, self.num_documents, self.offsets, *columns)
 
+    def runs(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Lengths and numbers of the segments of all sequences, where each sequence's runs begin, and its padding.
 
-def pack_best_fit(num_tokens: Sequence[int] | IntArray, sequence_length: int) -> Packing:
+        Shapes [2, runs], [sequences + 1] and [sequences]. In a sequence segments count from 1; padding is a run of 0.
+        """
+        counts, sequences = np.diff(self.offsets), self.sequences
+        numbers = np.arange(len(self.lengths)) - np.repeat(self.offsets[:-1], counts) + 1
+        used = np.bincount(sequences, self.lengths, self.num_sequences).astype(np.int64)
+        short = np.flatnonzero(used < self.sequence_length)
+        runs = np.stack([self.lengths, numbers])
+        padding = np.stack([self.sequence_length - used[short], np.zeros_like(short)])
+        offsets = self.offsets + np.concatenate([[0], np.cumsum(used < self.sequence_length)])
+        return np.insert(runs, self.offsets[short + 1], padding, axis=1), offsets, self.sequence_length - used
+
+
+def pack_best_fit(num_tokens: Sequence[int] | IntArray, sequence_length: int, overhead_tokens: int = 0) -> Packing:
     """Best-fit decreasing: each document goes where it leaves the least space, long ones first.
 
-    Documents of at most `sequence_length` tokens are never cut. Of longer ones the remainder is packed like a
-    document, and whole bodies of `sequence_length` tokens fill the gaps that are left, the biggest first; so with
-    enough long documents less than one sequence of padding remains.
+    Documents that fit into a sequence with their overhead are never cut. Of longer ones the remainder is packed like a
+    document, and whole bodies, as long as a sequence, fill the gaps that are left, the biggest first; so with enough
+    long documents less than one sequence of padding remains. Segments with an overhead leave a little more: gaps for
+    fewer than `_LEAST` tokens, and up to one overhead for each document that fills gaps.
     Source: best-fit packing of Ding et al. 2024, "Fewer Truncations Improve Language Modeling"; spaces are kept in
     the bits of an integer instead of a tree.
 
-    num_tokens: shape [documents], special tokens included.
+    num_tokens: shape [documents], special tokens included but for overheads, which are shorter than half a sequence.
     """
-    lengths = np.asarray(num_tokens, dtype=np.int64)
-    bodies, rest = np.divmod(lengths, sequence_length)
-    short = lengths <= sequence_length
+    lengths, capacity = np.asarray(num_tokens, dtype=np.int64), sequence_length - overhead_tokens
+    bodies, rest = np.divmod(lengths, capacity)
+    short = lengths <= capacity
     bodies[short], rest[short] = 0, lengths[short]
-    pieces = np.flatnonzero(rest)
-    pieces = pieces[np.argsort(-rest[pieces], kind="stable")]
-    sequence_of, spaces = _best_fit(rest[pieces], sequence_length)
+    pieces, piece_start, piece_size = _remainders(bodies, rest, capacity, overhead_tokens)
+    sequence_of, spaces = _best_fit(piece_size + overhead_tokens, sequence_length)
     body_of = np.repeat(np.arange(len(lengths)), bodies)
-    body_start = _ranks(bodies) * sequence_length
-    filled, whole = _fill(spaces, body_of, body_start, sequence_length)
+    body_start = _ranks(bodies) * capacity
+    filled, whole = _fill(spaces, body_of, body_start, capacity, overhead_tokens)
     rows = np.concatenate([sequence_of, filled[0], len(spaces) + np.arange(len(whole))])
     documents = np.concatenate([pieces, filled[1], body_of[whole]])
-    starts = np.concatenate([bodies[pieces] * sequence_length, filled[2], body_start[whole]])
-    sizes = np.concatenate([rest[pieces], filled[3], np.full(len(whole), sequence_length)])
+    starts = np.concatenate([piece_start, filled[2], body_start[whole]])
+    sizes = np.concatenate([piece_size, filled[3], np.full(len(whole), capacity)]) + overhead_tokens
     return _packing(rows, documents, starts, sizes, sequence_length, len(lengths))
 
 
-def pack_concat(num_tokens: Sequence[int] | IntArray, sequence_length: int) -> Packing:
-    """All documents end to end, cut every `sequence_length` tokens; padding only at the very end.
+def pack_concat(num_tokens: Sequence[int] | IntArray, sequence_length: int, overhead_tokens: int = 0) -> Packing:
+    """All documents end to end, cut where a sequence is full.
 
-    num_tokens: shape [documents], special tokens included.
+    Padding stands at the very end alone; with an overhead also, two of it at most, in a sequence that begins or ends
+    between documents.
+
+    num_tokens: shape [documents], special tokens included but for overheads, which are shorter than half a sequence.
     """
-    lengths = np.asarray(num_tokens, dtype=np.int64)
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    cuts = np.union1d(ends - lengths, np.arange(0, total, sequence_length))
-    cuts = cuts[cuts < total]
-    documents = np.searchsorted(ends, cuts, side="right")
-    sizes = np.diff(np.append(cuts, total))
-    starts = cuts - (ends - lengths)[documents]
-    return _packing(cuts // sequence_length, documents, starts, sizes, sequence_length, len(lengths))
+    lengths, capacity = np.asarray(num_tokens, dtype=np.int64), sequence_length - overhead_tokens
+    some = np.flatnonzero(lengths)
+    begins = _on_axis(lengths[some], overhead_tokens)
+    total = int(begins[-1] + lengths[some[-1]]) if len(some) else 0
+    cuts, which, inside, sizes = _cut(begins, lengths[some], np.arange(0, total, capacity))
+    documents = some[which]
+    return _packing(cuts // capacity, documents, inside, sizes + overhead_tokens, sequence_length, len(lengths))
 
 
-def pack_none(num_tokens: Sequence[int] | IntArray, sequence_length: int) -> Packing:
+def pack_none(num_tokens: Sequence[int] | IntArray, sequence_length: int, overhead_tokens: int = 0) -> Packing:
     """One piece of one document per sequence, the rest padding.
 
-    num_tokens: shape [documents], special tokens included.
+    num_tokens: shape [documents], special tokens included but for overheads, which are shorter than half a sequence.
     """
-    lengths = np.asarray(num_tokens, dtype=np.int64)
-    pieces = -(-lengths // sequence_length)
+    lengths, capacity = np.asarray(num_tokens, dtype=np.int64), sequence_length - overhead_tokens
+    pieces = -(-lengths // capacity)
     documents = np.repeat(np.arange(len(lengths)), pieces)
-    starts = _ranks(pieces) * sequence_length
-    sizes = np.minimum(sequence_length, lengths[documents] - starts)
+    starts = _ranks(pieces) * capacity
+    sizes = np.minimum(capacity, lengths[documents] - starts) + overhead_tokens
     return _packing(np.arange(len(documents)), documents, starts, sizes, sequence_length, len(lengths))
 
 
 PACKINGS = {"best_fit": pack_best_fit, "concat": pack_concat, "none": pack_none}
 """The values of `data.packing`."""
+
+
+def _remainders(bodies: IntArray, rest: IntArray, capacity: int, overhead: int) -> tuple[IntArray, IntArray, IntArray]:
+    """What is packed like documents, longest first: document, start and own tokens of each piece.
+
+    A remainder of fewer than `_LEAST` tokens and the body before it become two pieces of one size, which leave no gaps
+    as small as itself; `bodies` and `rest` are changed accordingly.
+    """
+    thin = np.flatnonzero((rest > 0) & (rest < _LEAST) & (bodies > 0) & (overhead > 0) & (capacity >= 2 * _LEAST))
+    bodies[thin] -= 1
+    second = (capacity + rest[thin]) // 2
+    rest[thin] += capacity - second
+    some = np.flatnonzero(rest)
+    documents = np.concatenate([some, thin])
+    starts = np.concatenate([bodies[some] * capacity, bodies[thin] * capacity + rest[thin]])
+    sizes = np.concatenate([rest[some], second])
+    order = np.argsort(-sizes, kind="stable")
+    return documents[order], starts[order], sizes[order]
 
 
 def _best_fit(lengths: IntArray, sequence_length: int) -> tuple[IntArray, IntArray]:
@@ -160,20 +202,43 @@ def _best_fit(lengths: IntArray, sequence_length: int) -> tuple[IntArray, IntArr
 
 
 def _fill(
-    spaces: IntArray, body_of: IntArray, body_start: IntArray, sequence_length: int
+    spaces: IntArray, body_of: IntArray, body_start: IntArray, capacity: int, overhead: int
 ) -> tuple[tuple[IntArray, IntArray, IntArray, IntArray], IntArray]:
-    """Cut whole bodies into the gaps, biggest gap first: (rows, documents, starts, lengths), and the bodies kept."""
-    donated = min(len(body_of), int(spaces.sum()) // sequence_length)
+    """Cut whole bodies into the gaps, biggest gap first: (rows, documents, starts, own tokens), and the bodies kept."""
+    rooms = np.where(spaces >= overhead + _LEAST, spaces - overhead, 0) if overhead else spaces
     gaps = np.argsort(-spaces, kind="stable")
-    gap_ends = np.cumsum(spaces[gaps])
-    total = donated * sequence_length
-    # On one axis lie the gaps end to end and the donated bodies end to end; every end of either is a cut.
-    cuts = np.union1d(np.append(gap_ends - spaces[gaps], 0), np.arange(donated) * sequence_length)
-    cuts = cuts[cuts < total]
+    gap_ends = np.cumsum(rooms[gaps])
+    # Bodies that follow on each other in a document are one run, unless a cut between them costs nothing.
+    opens = (body_start == 0) | (overhead == 0)
+    body_ends = np.arange(1, len(body_of) + 1) * capacity + overhead * (np.cumsum(opens) - 1)
+    donated = int(np.searchsorted(body_ends, gap_ends[-1] if len(gaps) else 0, side="right"))
+    first = np.flatnonzero(opens[:donated])
+    lengths = np.diff(np.append(first, donated)) * capacity
+    cuts, run, inside, sizes = _cut(_on_axis(lengths, overhead), lengths, gap_ends - rooms[gaps])
     gap = np.searchsorted(gap_ends, cuts, side="right")
-    body, inside = np.divmod(cuts, sequence_length)
-    pieces = (gaps[gap], body_of[body], body_start[body] + inside, np.diff(np.append(cuts, total)))
+    pieces = (gaps[gap], body_of[first][run], body_start[first][run] + inside, sizes)
     return pieces, np.arange(donated, len(body_of))
+
+
+def _on_axis(lengths: IntArray, overhead: int) -> IntArray:
+    """Where runs of tokens begin that lie end to end, with room for one overhead between them.
+
+    A gap (or sequence) that is on this axis shorter by one overhead than it is holds whatever lies on its stretch: the
+    first piece's overhead is what it is shorter by, and before each other piece lies a whole room.
+    """
+    return np.cumsum(lengths) - lengths + overhead * np.arange(len(lengths))
+
+
+def _cut(begins: IntArray, lengths: IntArray, bounds: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Pieces of runs on an axis, cut at bounds: where they begin, their run, where in it they begin, their length."""
+    ends = begins + lengths
+    last = ends[ends != np.append(begins[1:], -1)]  # mostly, where one run ends the next begins
+    cuts = np.unique(np.concatenate([begins, last, bounds]))
+    run = np.searchsorted(begins, cuts, side="right") - 1
+    sizes = np.diff(cuts, append=cuts[-1:])
+    some = (run >= 0) & (cuts < ends[run]) if len(ends) else np.zeros(len(cuts), dtype=bool)
+    cuts, run = cuts[some], run[some]
+    return cuts, run, cuts - begins[run], sizes[some]
 
 
 def _ranks(counts: IntArray) -> IntArray:

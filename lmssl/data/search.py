@@ -86,15 +86,14 @@ _Placer = Callable[[SequenceStream, str, Iterable[Source]], dict[Source, Place]]
 def _places(stream: SequenceStream, corpus: str, sources: Iterable[Source]) -> dict[Source, Place]:
     """The split of each document, and where the first epoch holds it."""
     wanted, placed = set(sources), dict[Source, Place]()
-    first = 0
     windows = stream.first_epoch(corpus) if wanted else iter(())
-    for entry, window in windows:
-        for source, place in _in_window(stream, window, first, wanted):
-            placed[source] = place
-        first += entry.num_sequences
-        if len(placed) == len(wanted):
+    for held, window in windows:
+        for source, (split, positions, epoch) in _in_window(stream, window, held, wanted):
+            earlier = placed[source][1] if source in placed else ()  # of a document that was partly repacked
+            placed[source] = split, tuple(sorted((*earlier, *positions))), epoch
+        if len(placed) == len(wanted) and len(held) == window.num_sequences:
             break
-    return placed
+    return {source: place if place[0] == "validation" or place[1] else _NOWHERE for source, place in placed.items()}
 
 
 def _places_in_set(stream: SequenceStream, name: str, sources: Iterable[Source]) -> dict[Source, Place]:
@@ -109,17 +108,17 @@ def _places_in_set(stream: SequenceStream, name: str, sources: Iterable[Source])
 
 
 def _in_window(
-    stream: SequenceStream, window: Window, first: int, wanted: set[Source]
+    stream: SequenceStream, window: Window, held: range, wanted: set[Source]
 ) -> Iterator[tuple[Source, Place]]:
-    """Those of the documents wanted that a window's chunks hold; `first` sequences of the corpus come before it."""
+    """Those of the documents wanted that a window's chunks hold; of the corpus's sequences, `held` are in it."""
     for source, number, row in _rows_of(window, wanted):
         hashes = np.array([source.hash], dtype=np.uint64)
         if is_held_out(hashes, stream.layout.seed, stream.layout.held_out_ratio)[0]:
             yield source, ("validation", (), None)
             continue
-        found = (stream.order.position_of(window.plan.corpus, first + k) for k in window.holders(number, row))
-        positions = tuple(sorted(position for position in found if position is not None))
-        yield source, ("train", positions, 0) if positions else _NOWHERE
+        indices = (k for k in window.holders(number, row) if k < len(held))
+        found = (stream.order.position_of(window.plan.corpus, held[k]) for k in indices)
+        yield source, ("train", tuple(position for position in found if position is not None), 0)
 
 
 def _rows_of(window: Window, wanted: set[Source]) -> Iterator[tuple[Source, int, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 from lmssl.data.ledger import Ledger
 from lmssl.data.order import Order, Stage, exactly, integer_shares
 from lmssl.errors import DataError
+from lmssl.recipe.batches import BatchPlan, stage_starts
 from lmssl.recipe.data import DataSection
 
 STAGES = "data.stages"
@@ -23,20 +24,18 @@ def plan_stages(
     weights: Sequence[float | int],
     *,
     seed: int,
-    num_positions: int | None = None,
-    batch_sequences: int = 1,
+    batches: BatchPlan | None = None,
     num_sequences: Callable[[str], int],
     begun: Sequence[Stage] = (),
 ) -> tuple[Stage, ...]:
     """The stages that a recipe asks for; each corpus continues where the stage before left it.
 
-    A stage begins at position `from_tokens / sequence_length`, whatever `data.skip` leaves out. Where a corpus has
-    `max_epochs`, a stage gives it at most what earlier stages left of them.
+    A stage begins at the position that it has as if `data.skip` left out nothing. Where a corpus has `max_epochs`, a
+    stage gives it at most what earlier stages left of them.
 
     Args:
         weights: of the corpora in the first stage.
-        num_positions: positions of the run; None: limits of epochs are not applied.
-        batch_sequences: positions of one step, for the remedy of the error.
+        batches: the steps of the run; None: limits of epochs are not applied.
         num_sequences: sequences of an epoch of a corpus, possibly estimated; asked only for corpora with a limit.
         begun: stages that are kept as they are.
 
@@ -45,15 +44,18 @@ def plan_stages(
     """
     names = tuple(corpus.name for corpus in section.mixture)
     limits = {corpus.name: corpus.max_epochs for corpus in section.mixture if corpus.max_epochs is not None}
-    starts = [0, *(stage.from_tokens // section.sequence_length for stage in section.stages)]
-    written = [list(weights), *([stage.weights.get(name, 0) for name in names] for stage in section.stages)]
+    starts = [first for first, _ in section.starts]
+    lengths = [None if length == section.sequence_length else length for _, length in section.starts]
+    written = [list(weights)]
+    for later in section.stages:
+        written.append(written[-1] if later.weights is None else [later.weights.get(name, 0) for name in names])
     stages = list(begun)
     for number in range(len(stages), len(starts)):
         first = starts[number]
         before = Order(stages, seed).counts_before(first) if stages else dict.fromkeys(names, 0)
         exact = tempered_weights(written[number], section.temperature)
-        if limits and num_positions is not None:
-            end = starts[number + 1] if number + 1 < len(starts) else num_positions
+        if limits and batches is not None:
+            end = starts[number + 1] if number + 1 < len(starts) else batches.num_positions
             room = [
                 exactly(limits[name]) * num_sequences(name) - before[name] if name in limits and weight else None
                 for name, weight in zip(names, exact, strict=True)
@@ -61,16 +63,23 @@ def plan_stages(
             limited = limited_shares(exact, room, end - first)
             if limited is None:
                 left = sum(max(count, Fraction(0)) for count in room if count is not None)
-                raise _too_little_text(first + int(left), section.sequence_length, batch_sequences)
+                raise _too_little_text(first + int(left), batches)
             exact = limited
         counts = tuple(before[name] for name in names)
-        stages.append(Stage(first, names, integer_shares(exact), section.block_sequences, counts))
+        shares = integer_shares(exact)
+        stages.append(Stage(first, names, shares, section.block_sequences, counts, lengths[number]))
     return tuple(stages)
 
 
 def stages_setting(section: DataSection) -> list[Any]:
-    """The stages as the ledger's settings hold them."""
-    return [[stage.from_tokens, dict(stage.weights)] for stage in section.stages]
+    """The stages as the ledger's settings hold them: tokens before, weights, and what else there is."""
+    found: list[Any] = []
+    for stage in section.stages:
+        further = {"sequence_length": stage.sequence_length, "rope_theta": stage.rope_theta}
+        further = {name: value for name, value in further.items() if value is not None}
+        weights = None if stage.weights is None else dict(stage.weights)
+        found.append([stage.from_tokens, weights, *([further] if further else [])])
+    return found
 
 
 def begun_stages(ledger: Ledger, section: DataSection, read_positions: int | None) -> tuple[Stage, ...]:
@@ -86,15 +95,17 @@ def begun_stages(ledger: Ledger, section: DataSection, read_positions: int | Non
     if then == now:
         return ledger.stages
 
-    def is_begun(stage: list[Any]) -> bool:
-        return read_positions is None or stage[0] // section.sequence_length < read_positions
+    def begun(stages: list[Any]) -> list[Any]:
+        lengths = [(stage[0], stage[2].get("sequence_length") if len(stage) > 2 else None) for stage in stages]
+        starts = stage_starts(section.sequence_length, lengths)[1:]
+        found = zip(stages, starts, strict=True)
+        return [stage for stage, (first, _) in found if read_positions is None or first < read_positions]
 
-    kept = [stage for stage in then if is_begun(stage)]
-    if kept != [stage for stage in now if is_begun(stage)]:
+    kept = begun(then)
+    if kept != begun(now):
         at = "the checkpoint" if read_positions is None else f"position {read_positions}"
-        tokens = "" if read_positions is None else f" (token {read_positions * section.sequence_length})"
         raise DataError(
-            f"{STAGES} changed for a part of the run that lies before {at}{tokens}",
+            f"{STAGES} changed for a part of the run that lies before {at}",
             where=f"{STAGES}: {then} then, {now} now",
             remedy="restore the stages before it; those that begin there or later may change",
         )
@@ -148,11 +159,13 @@ def limited_shares(
         full |= over
 
 
-def _too_little_text(num_positions: int, sequence_length: int, batch_sequences: int) -> DataError:
-    possible = num_positions // batch_sequences * batch_sequences * sequence_length
+def _too_little_text(num_positions: int, batches: BatchPlan) -> DataError:
+    step = batches.step_at(num_positions)
+    possible = batches.tokens_before(step)
+    lasting = possible + (num_positions - batches.first_position(step)) * batches.sequence_length(step)
     lower = f"lower train.tokens to at most {possible}, " if possible else ""
     return DataError(
-        f"every corpus has a limit of epochs, and together they last for {num_positions * sequence_length} tokens only",
+        f"every corpus has a limit of epochs, and together they last for {lasting} tokens only",
         where="data.mixture, max_epochs",
         remedy=f"{lower}raise max_epochs, or add text",
     )

@@ -109,8 +109,9 @@ def measure(stream: SequenceStream, corpus: str, progress: Callable[[Statistics]
     """
     total = Statistics()
     for _, window in stream.first_epoch(corpus):
-        total += _of_window(window)
-        progress(total)
+        if not window.plan.repacked:  # else its documents are counted already, as they were packed first
+            total += _of_window(window)
+            progress(total)
     return total
 
 

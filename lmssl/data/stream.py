@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from lmssl.data.cache import ChunkCache
 from lmssl.data.corpus import Unit, check_first_record, list_units, mixture_weights, source_notes
 from lmssl.data.epochs import Epochs
-from lmssl.data.ledger import Ledger, LedgerEntry
-from lmssl.data.order import Order, Stage
+from lmssl.data.layout import Layout
+from lmssl.data.ledger import Ledger
+from lmssl.data.order import Order
 from lmssl.data.overlaps import EvaluationText, read_evaluation_text
 from lmssl.data.records import BadRecord
 from lmssl.data.remote import RemoteFiles
-from lmssl.data.stages import STAGES, begun_stages, plan_stages, stages_setting
+from lmssl.data.settings import continued, order_settings
+from lmssl.data.stages import plan_stages
 from lmssl.data.token_files import without_text
 from lmssl.data.validation import ValidationSplit, find_held_out, find_sets
-from lmssl.data.window import Address, Layout, OpenWindows, Row, Rows, Window, WindowPlan, gather_rows
+from lmssl.data.window import Address, OpenWindows, Row, Rows, Window, WindowPlan, gather_rows
 from lmssl.errors import DataError
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.data import AnyCorpus, DataSection, TokensCorpus
 from lmssl.tokenizer.load import Tokenizer
 
@@ -93,18 +93,18 @@ class SequenceStream:
         ledger: Ledger | None = None,
         report: Callable[[str], None] | None = None,
         *,
-        num_positions: int | None = None,
-        batch_sequences: int = 1,
+        batches: BatchPlan | None = None,
         read_positions: int | None = None,
+        seps_per_segment: int = 1,
     ) -> SequenceStream:
         """List the corpora, look at their first records, and tokenize nothing but for `max_epochs` a first chunk.
 
         Args:
             ledger: continues the order of a checkpoint.
             report: receives one line per event worth knowing.
-            num_positions: positions of the run; None: `max_epochs` is not applied.
-            batch_sequences: positions of one step.
+            batches: the steps of the run; None: `max_epochs` is not applied.
             read_positions: the ledger's run has read none from there on; stages that begin there may differ.
+            seps_per_segment: sep tokens that the objective wants in each segment, where `data.sep` is on.
 
         Raises:
             DataError: a corpus or evaluation text cannot be read, the cache cannot be written, a token is missing, the
@@ -112,13 +112,14 @@ class SequenceStream:
         """
         say = report if report is not None else _silent
         evaluation = evaluation_text(section, say)
-        layout = Layout.of(section, tokenizer, seed, None if evaluation is None else evaluation.column)
+        column = None if evaluation is None else evaluation.column
+        layout = Layout.of(section, tokenizer, seed, column, seps_per_segment)
         remote = RemoteFiles(Path(os.path.expanduser(cache_dir)) / "remote", section.remote_cache_bytes)
         units = _list_units(section.mixture, section, remote)
         for line in chain.from_iterable(map(source_notes, units)):
             say(line)
-        settings = _settings(section, layout, tokenizer, units)
-        begun = () if ledger is None else _continued(ledger, settings, section, read_positions)
+        settings = order_settings(section, layout, tokenizer, units)
+        begun = () if ledger is None else continued(ledger, settings, section, read_positions)
         ledger = ledger or Ledger((), settings)
         ledger.settings = settings
         cancel = threading.Event()
@@ -136,8 +137,7 @@ class SequenceStream:
             section,
             mixture_weights(section.mixture, units),
             seed=seed,
-            num_positions=num_positions,
-            batch_sequences=batch_sequences,
+            batches=batches,
             num_sequences=lambda corpus: epochs[corpus].estimate_sequences(),
             begun=begun,
         )
@@ -163,9 +163,14 @@ class SequenceStream:
         return self._windows.get(plan).gather(address.index)
 
     def sequences(self, positions: Sequence[int]) -> Rows:
-        """The sequences at some positions, in their order; faster than one by one."""
+        """The sequences at some positions of one length, in their order; faster than one by one."""
         found = ((self._windows.get(plan), address.index) for address, plan in map(self.locate, positions))
-        return gather_rows(list(found), self.layout)
+        return gather_rows(list(found), self.layout_at(positions[0]) if positions else self.layout)
+
+    def layout_at(self, position: int) -> Layout:
+        """How documents become sequences in the stage that holds a position."""
+        length = self.order.sequence_length(position)
+        return self.layout if length is None else replace(self.layout, sequence_length=length)
 
     def window_at(self, position: int) -> tuple[Window, int]:
         """The window that holds the sequence at a position, and the index in it."""
@@ -176,13 +181,16 @@ class SequenceStream:
         """What a corpus or a validation set is read from."""
         return {found.corpus: found.units for found in (*self._epochs.values(), *self._sets)}[corpus]
 
-    def first_epoch(self, corpus: str) -> Iterator[tuple[LedgerEntry, Window]]:
-        """The windows of a corpus's first epoch, built as they are asked for."""
+    def first_epoch(self, corpus: str) -> Iterator[tuple[range, Window]]:
+        """The windows of a corpus's first epoch, built as they are asked for, and which of its sequences they hold.
+
+        The first sequences of a window are held; what lies beyond is repacked in the next one.
+        """
         epochs, number, ended = self._epochs[corpus], 0, False
         while not ended:
             entry = epochs.ensure(number)
-            yield entry, self._windows.get(epochs.plan(number))
-            number, ended = number + 1, entry.ends_epoch
+            yield self.ledger.read(corpus, number), self._windows.get(epochs.plan(number))
+            number, ended = number + 1, entry.ends_epoch and not self.ledger.is_cut(corpus, number)
 
     def build_ahead(self, position: int) -> None:
         """Build what follows a position: of each corpus the window in use and the next one.
@@ -226,9 +234,9 @@ class SequenceStream:
         found = {}
         for corpus, epochs in self._epochs.items():
             number = 0
-            while not epochs.ensure(number).ends_epoch:
+            while not epochs.ensure(number).ends_epoch or self.ledger.is_cut(corpus, number):
                 number += 1
-            found[corpus] = sum(entry.num_sequences for entry in self.ledger.entries(corpus)[: number + 1])
+            found[corpus] = self.ledger.read(corpus, number).stop
         return found
 
     def ledger_at(self, position: int) -> Ledger:
@@ -330,63 +338,3 @@ def evaluation_text(section: DataSection, report: Callable[[str], None]) -> Eval
         if isinstance(corpus, TokensCorpus):
             raise without_text(corpus.name)
     return read_evaluation_text(section.filters.decontaminate, report)
-
-
-def _settings(
-    section: DataSection, layout: Layout, tokenizer: Tokenizer, units: Sequence[Sequence[Unit]]
-) -> dict[str, Any]:
-    """What the order depends on, by the name a user knows it under."""
-    settings: dict[str, Any] = {
-        "data.sequence_length": section.sequence_length,
-        "data.packing": section.packing,
-        "data.bos": section.bos,
-        "data.eos": section.eos,
-        "data.seed": layout.seed,
-        "data.validation.ratio": layout.held_out_ratio,
-        "data.window_chunks": section.window_chunks,
-        "data.chunk_bytes": section.chunk_bytes,
-        "data.block_sequences": section.block_sequences,
-        "data.mixture": [[corpus.name, corpus.weight] for corpus in section.mixture],
-        "the tokenizer": tokenizer.fingerprint,
-    }
-    # Options that are off are left out: runs that began before there were any continue.
-    if section.align_starts:
-        settings["data.align_starts"] = True
-    if section.fill_in_the_middle is not None:
-        settings["data.fill_in_the_middle"] = section.fill_in_the_middle.model_dump()
-    filters = {"min_tokens": section.filters.min_tokens, "max_tokens": section.filters.max_tokens}
-    filters["drop_duplicates"] = section.filters.drop_duplicates or None
-    settings |= {f"data.filters.{name}": value for name, value in filters.items() if value is not None}
-    if layout.filters.overlap_column is not None:
-        settings["the text of data.filters.decontaminate"] = layout.filters.overlap_column
-    # Entered only where they are used, so that older ledgers stay valid.
-    if section.temperature is not None:
-        settings["data.temperature"] = section.temperature
-    if section.stages:
-        settings[STAGES] = stages_setting(section)
-    if any(corpus.max_epochs is not None for corpus in section.mixture):
-        settings["max_epochs in data.mixture"] = [[corpus.name, corpus.max_epochs] for corpus in section.mixture]
-    for listed in units:
-        sources = [[os.path.basename(part.path), part.start, part.stop] for unit in listed for part in unit.parts]
-        num_bytes = sum(unit.num_bytes for unit in listed)
-        digest = hashlib.blake2b(json.dumps([sources, asdict(listed[0].form)]).encode(), digest_size=4).hexdigest()
-        settings[f"the files of corpus {listed[0].corpus!r}"] = f"{len(sources)} parts, {num_bytes} bytes, {digest}"
-    return settings
-
-
-def _continued(
-    ledger: Ledger, settings: Mapping[str, Any], section: DataSection, read_positions: int | None
-) -> tuple[Stage, ...]:
-    """The stages of a ledger that go on as they are."""
-    _refuse_changes(ledger.settings, settings)
-    return begun_stages(ledger, section, read_positions)
-
-
-def _refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for name in sorted({*then, *now}):
-        if name != STAGES and then.get(name) != now.get(name):
-            raise DataError(
-                f"{name} decides the order of the data, and changed since the checkpoint",
-                where=f"{name}: {then.get(name)} then, {now.get(name)} now",
-                remedy="restore it, or start a new run in another folder",
-            )

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lmssl.data.epochs import Epochs
+from lmssl.data.layout import Layout
 from lmssl.data.order import Stage
-from lmssl.data.window import Layout, Row, Window, WindowPlan
+from lmssl.data.window import Row, Window, WindowPlan
 from lmssl.errors import DataError
 
 
@@ -98,7 +99,7 @@ def _first_text(epochs: Epochs, layout: Layout, budget_tokens: int) -> Validatio
     paths: list[Path] = []
     num_tokens = 0
     for chunk in epochs.chunks("validation"):
-        found = Window(WindowPlan(epochs.corpus, 0, 0, (chunk.path,), budget_tokens), layout).num_tokens
+        found = Window(WindowPlan(epochs.corpus, 0, 0, (chunk.path,), budget_tokens), layout).num_document_tokens
         if found:
             paths.append(chunk.path)
             num_tokens += found

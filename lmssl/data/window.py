@@ -17,63 +17,14 @@ import numpy.typing as npt
 
 from lmssl.data.chunk import Chunk, read_chunk
 from lmssl.data.fill_in_the_middle import NUM_SENTINELS, FillInTheMiddle, Middles, document_ids
-from lmssl.data.filters import Candidates, Dropped, Filters, documents_of, read_duplicates, training_documents
+from lmssl.data.filters import Candidates, Dropped, documents_of, read_duplicates, training_documents
+from lmssl.data.layout import Layout
 from lmssl.data.order import permutation
 from lmssl.data.pack import PACKINGS, Packing
+from lmssl.data.repack import Runs
 from lmssl.errors import DataError
-from lmssl.recipe.data import DataSection
-from lmssl.tokenizer.load import Tokenizer
 
 IntArray = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How documents become sequences."""
-
-    sequence_length: int
-    packing: str
-    bos_id: int | None
-    """Put before each document; None: nothing is."""
-    eos_id: int | None
-    """Put after each document; None: nothing is."""
-    pad_id: int
-    """Fills what no segment does; never a target."""
-    seed: int
-    held_out_ratio: float
-    align_starts: bool = False
-    """Inside a sequence, segments that start a document stand before those that do not."""
-    filters: Filters = field(default_factory=Filters)
-    fill_in_the_middle: FillInTheMiddle | None = None
-
-    @classmethod
-    def of(cls, section: DataSection, tokenizer: Tokenizer, seed: int, overlap_column: str | None = None) -> Layout:
-        """The layout a recipe asks for; `overlap_column` is what a cache calls its column of overlaps.
-
-        Raises:
-            DataError: it asks for a special token that the tokenizer lacks.
-        """
-        transform = section.fill_in_the_middle
-        for role, wanted, token in (("bos", section.bos, tokenizer.bos_id), ("eos", section.eos, tokenizer.eos_id)):
-            if wanted and token is None:
-                raise DataError(
-                    f"data.{role} is on, and the tokenizer has no {role} token",
-                    where=str(tokenizer.path),
-                    remedy=f"set data.{role}: false, or use a tokenizer whose config names a {role}_token",
-                )
-        fillers = (tokenizer.pad_id, tokenizer.eos_id, 0)
-        return cls(
-            sequence_length=section.sequence_length,
-            packing=section.packing,
-            bos_id=tokenizer.bos_id if section.bos else None,
-            eos_id=tokenizer.eos_id if section.eos else None,
-            pad_id=next(token for token in fillers if token is not None),
-            seed=seed,
-            held_out_ratio=section.validation.ratio if section.validation else 0.0,
-            align_starts=section.align_starts,
-            filters=Filters.of(section.filters, overlap_column),
-            fill_in_the_middle=FillInTheMiddle.of(transform, tokenizer) if transform else None,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +50,11 @@ class WindowPlan:
     """None: the documents that are trained on; else the held-out ones, up to so many tokens."""
     duplicates: Path | None = field(default=None, hash=False)
     """Which documents are left out as duplicates, see `filters.read_duplicates`; None: none."""
+    sequence_length: int | None = None
+    """None: the layout's; else that of a later stage."""
+    repacked: tuple[tuple[int, int], ...] = ()
+    """Of a window that holds what the one before left when a stage with another length began: (sequence length, number
+    of sequences read) of each packing of its documents before this one."""
 
 
 class Row(NamedTuple):
@@ -134,7 +90,7 @@ class Piece(NamedTuple):
     row: int
     """Index into the chunk's documents."""
     first: int
-    """Of the document's own tokens, without bos and eos, the segment holds `first` to `stop`.
+    """Of the document's own tokens, without special tokens, the segment holds `first` to `stop`.
 
     Of a document rearranged for filling in the middle it holds some of them, from the first to the last."""
     stop: int
@@ -145,19 +101,16 @@ class Window:
 
     def __init__(self, plan: WindowPlan, layout: Layout) -> None:
         self.plan = plan
-        self.layout = layout
+        length = plan.sequence_length
+        self.layout = layout = layout if length is None else replace(layout, sequence_length=length)
         self._chunks = [_open(path) for path in plan.chunks]
         self._tokens = [chunk.tokens() for chunk in self._chunks]
         self.dropped = Dropped()
         self._middles: Middles | None = None
         self._select()
-        packing: Packing = PACKINGS[layout.packing](self._lengths, layout.sequence_length)
+        packing = self._pack()
         self.packing = packing.with_starts_first() if layout.align_starts else packing
-        if plan.max_held_out_tokens is None:
-            key = (layout.seed, "sequences", plan.corpus, plan.epoch, plan.window)
-            self._sequence_at = permutation(self.packing.num_sequences, *key)
-        else:
-            self._sequence_at = np.arange(self.packing.num_sequences)
+        self._sequence_at = self._permutation(packing.num_sequences, plan.window)
         self._tabulate()
 
     @property
@@ -173,17 +126,22 @@ class Window:
     @property
     def num_documents(self) -> int:
         """Documents in the window's sequences."""
-        return len(self._lengths)
+        return len(np.unique(self.packing.documents)) if self.plan.repacked else len(self._lengths)
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the window's sequences, special tokens included, padding not."""
+        return int(self.packing.lengths.sum())
+
+    @property
+    def num_document_tokens(self) -> int:
+        """Those of `num_tokens` that documents have however they are packed: all but cls and sep."""
         return int(self._lengths.sum())
 
     @property
     def num_bytes(self) -> int:
         """Bytes of text in the window's sequences."""
-        return round(float(self._num_bytes.sum()))
+        return round(float((self._bytes_of if self.plan.repacked else self._num_bytes).sum()))
 
     def gather(self, index: int) -> Row:
         """The index-th sequence."""
@@ -198,8 +156,9 @@ class Window:
         sequence, layout, tokens = self._sequence_at[index], self.layout, self._tokens
         first, stop, first_run, stop_run, num_padding = self._spans[sequence].tolist()
         segments = slice(first, stop)
-        if layout.eos_id is not None:
-            ids_T.fill(layout.eos_id)  # all but the ends of documents is written over
+        last_id = layout.eos_id if layout.sep_id is None else layout.sep_id
+        if last_id is not None:
+            ids_T.fill(last_id)  # all but the ends of documents or segments is written over
         if self._middles is None:
             # A loop over slices of a few hundred tokens each beats index arrays over the whole sequence.
             for chunk, begin, end, to, to_end in self._table[segments].tolist():
@@ -208,15 +167,38 @@ class Window:
             self._copy_rearranged(self._middles, segments, ids_T)
         if layout.bos_id is not None:
             ids_T[self._bos_places(segments)] = layout.bos_id
+        if layout.cls_id is not None:
+            ids_T[self._table[segments, 3] - 1] = layout.cls_id
         if num_padding:
             ids_T[-num_padding:] = layout.pad_id
         return self._runs[:, first_run:stop_run], self._bytes_of.item(sequence)
 
+    def _pack(self) -> Packing:
+        """The documents in sequences; of a window that repacks, what the packings before this one left of them."""
+        layout, repacked = self.layout, self.plan.repacked
+        pack, overhead = PACKINGS[layout.packing], layout.overhead_tokens
+        if not repacked:
+            return pack(self._lengths, layout.sequence_length, overhead)
+        runs = Runs.whole(self._lengths)
+        for number, (length, num_read) in enumerate(repacked, self.plan.window - len(repacked)):
+            packing = runs.pack(pack, len(self._lengths), length, overhead)
+            order = self._permutation(packing.num_sequences, number)
+            runs = Runs.unread(packing, order[num_read:], overhead)
+        self.dropped = Dropped()  # they are counted with the first of these windows
+        return runs.pack(pack, len(self._lengths), layout.sequence_length, overhead)
+
+    def _permutation(self, num_sequences: int, window: int) -> IntArray:
+        """The order in which the sequences of a window are read; held-out ones stay as they are packed."""
+        plan = self.plan
+        if plan.max_held_out_tokens is not None:
+            return np.arange(num_sequences)
+        return permutation(num_sequences, self.layout.seed, "sequences", plan.corpus, plan.epoch, window)
+
     def _tabulate(self) -> None:
         """Of every segment: of which chunk what is copied (first, stop) to where in the sequence (first, stop)."""
         packing, layout = self.packing, self.layout
-        documents, starts, lengths = packing.documents, packing.starts, packing.lengths
-        ends = np.cumsum(lengths)
+        documents, starts, lengths = packing.documents, packing.starts, packing.lengths - layout.overhead_tokens
+        ends = np.cumsum(packing.lengths)
         before = np.append(0, ends)[packing.offsets[:-1]]
         ends = ends - np.repeat(before, np.diff(packing.offsets))
         # Tokens of a document count from its bos token, where there is one; the cache holds neither bos nor eos.
@@ -224,12 +206,12 @@ class Window:
         content_ends = bos + self._contents[documents]
         low, high = np.maximum(starts, bos), np.minimum(starts + lengths, content_ends)
         shift = self._begins[documents] - bos
-        places = ends - lengths + low - starts
+        places = ends - packing.lengths + (layout.cls_id is not None) + low - starts
         columns = (self._chunk_of[documents], shift + low, shift + high, places, places + high - low)
         self._table = np.stack(columns, axis=1)
         shares = self._num_bytes[documents] * (lengths / self._lengths[documents])
-        self._bytes_of = np.bincount(_sequence_of(packing), shares, packing.num_sequences)
-        self._runs, runs, padding = _runs(packing)
+        self._bytes_of = np.bincount(packing.sequences, shares, packing.num_sequences)
+        self._runs, runs, padding = packing.runs()
         self._spans = np.stack([packing.offsets[:-1], packing.offsets[1:], runs[:-1], runs[1:], padding], axis=1)
 
     def _bos_places(self, segments: slice) -> IntArray:
@@ -254,7 +236,7 @@ class Window:
         documents, starts, lengths = packing.documents[segments], packing.starts[segments], packing.lengths[segments]
         bos, contents = int(self.layout.bos_id is not None), self._contents[documents]
         first = np.clip(starts - bos, 0, contents)
-        stop = np.clip(starts + lengths - bos, 0, contents)
+        stop = np.clip(starts + lengths - self.layout.overhead_tokens - bos, 0, contents)
         if self._middles is not None:
             first, stop = self._middles.spans(documents, first, stop)
         begins = np.cumsum(lengths) - lengths
@@ -314,7 +296,7 @@ class Window:
         self._contents = self._contents + NUM_SENTINELS * self._middles.chosen
 
     def _shorten(self, limit: int) -> None:
-        """Keep the first `limit` tokens."""
+        """Keep the first `limit` tokens of documents."""
         before = np.cumsum(self._lengths) - self._lengths
         count = int(np.searchsorted(before, limit))
         kept = np.minimum(self._lengths[:count], limit - before[:count])
@@ -360,26 +342,6 @@ def gather_rows(places: Sequence[tuple[Window, int] | None], layout: Layout) -> 
     if not numbers.all():
         offsets[segments == 0] = 0
     return Rows(ids_BT, segments.reshape(shape), offsets.reshape(shape), num_bytes_B)
-
-
-def _runs(packing: Packing) -> tuple[IntArray, IntArray, IntArray]:
-    """Lengths and numbers of the segments of all sequences, shape [2, runs], where each sequence's runs begin, padding.
-
-    Padding is a run of number 0.
-    """
-    counts = np.diff(packing.offsets)
-    numbers = np.arange(len(packing.lengths)) - np.repeat(packing.offsets[:-1], counts) + 1
-    used = np.bincount(_sequence_of(packing), packing.lengths, packing.num_sequences).astype(np.int64)
-    short = np.flatnonzero(used < packing.sequence_length)
-    runs = np.stack([packing.lengths, numbers])
-    padding = np.stack([packing.sequence_length - used[short], np.zeros_like(short)])
-    offsets = packing.offsets + np.concatenate([[0], np.cumsum(used < packing.sequence_length)])
-    return np.insert(runs, packing.offsets[short + 1], padding, axis=1), offsets, packing.sequence_length - used
-
-
-def _sequence_of(packing: Packing) -> IntArray:
-    """The sequence of each segment."""
-    return np.repeat(np.arange(packing.num_sequences), np.diff(packing.offsets))
 
 
 def _open(path: Path) -> Chunk:

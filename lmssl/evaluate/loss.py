@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -22,19 +22,30 @@ class LossResult:
     num_targets: int
     num_bytes: float
     """Of the text; 0: not known, as for corpora of ready-made tokens."""
+    further: dict[str, float | None] = field(default_factory=dict)
+    """Means of the objective's other terms, as `loss_<term>`, and of its metrics; None as for `loss`."""
 
     @property
-    def loss(self) -> float:
-        """Nats per target."""
-        return self.nats / self.num_targets if self.num_targets else math.nan
+    def loss(self) -> float | None:
+        """Nats per target; None where there is no target, or the loss is not finite."""
+        return mean(self.nats, self.num_targets)
 
     @property
     def bits_per_byte(self) -> float | None:
         """Bits per byte of text; end-of-document targets are paid for, unpredicted first tokens are free.
 
-        None where the bytes are not known.
+        None where the bytes are not known, and as for `loss`.
         """
-        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
+        return mean(self.nats / math.log(2), self.num_bytes) if self.num_targets else None
+
+
+def mean(total: float, count: float) -> float | None:
+    """`total / count`, or None where that is no number: neither people nor JSON should read NaN.
+
+    >>> mean(3.0, 2), mean(0.0, 0), mean(math.nan, 2)
+    (1.5, None, None)
+    """
+    return total / count if count and math.isfinite(total) else None
 
 
 def evaluate_loss(
@@ -52,7 +63,7 @@ def evaluate_loss(
         splits: this rank's micro-batches by corpus, equally many on every rank.
         apart: those that do not count in the loss of all together.
     """
-    term = next(iter(objective.weights))
+    names = (*objective.weights, *objective.metrics)
     sums: dict[str, torch.Tensor] = {}
     was_training = module.training
     module.eval()
@@ -60,26 +71,27 @@ def evaluate_loss(
         # Compiling a second graph for a few batches would cost more than it saves.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for corpus, batches in splits.items():
-                sums[corpus] = torch.zeros(3, dtype=torch.float64)
+                sums[corpus] = torch.zeros(2 * len(names) + 1, dtype=torch.float64)
                 for micro in batches:
                     inputs = {name: tensor.to(accelerator.device) for name, tensor in micro.inputs.items()}
-                    nats = module(inputs)[term].double().cpu()
-                    sums[corpus] += torch.tensor(
-                        [float(nats), micro.counts[term], micro.num_bytes], dtype=torch.float64
-                    )
+                    found = module(inputs)
+                    of_names = [value for name in names for value in (float(found[name]), micro.counts[name])]
+                    sums[corpus] += torch.tensor([*of_names, micro.num_bytes], dtype=torch.float64)
     finally:
         module.train(was_training)
-    names = list(sums)
-    stacked = torch.stack([sums[name] for name in names]).to(accelerator.device)
-    rows = accelerator.reduce(stacked, "sum").cpu()
-    found = {name: _result(row) for name, row in zip(names, rows, strict=True)}
-    counted = [number for number, name in enumerate(names) if name not in apart]
+    rows = accelerator.reduce(torch.stack(list(sums.values())).to(accelerator.device), "sum").cpu()
+    results = {corpus: _result(objective, row) for corpus, row in zip(sums, rows, strict=True)}
+    counted = [corpus not in apart for corpus in sums]
     whole = rows[counted].sum(0)
-    if any(found[names[number]].num_targets and not found[names[number]].num_bytes for number in counted):
-        whole[2] = 0.0  # a part of the bytes would flatter nobody and mislead everybody
-    return {"": _result(whole), **found}
+    inside = [results[corpus] for corpus in sums if corpus not in apart]
+    if any(result.num_targets and not result.num_bytes for result in inside):
+        whole[-1] = 0.0  # a part of the bytes would flatter nobody and mislead everybody
+    return {"": _result(objective, whole), **results}
 
 
-def _result(row: torch.Tensor) -> LossResult:
-    nats, num_targets, num_bytes = row.tolist()
-    return LossResult(nats, round(num_targets), num_bytes)
+def _result(objective: SumObjective, row: torch.Tensor) -> LossResult:
+    nats, num_targets, *others, num_bytes = row.tolist()
+    labels = [f"loss_{term}" for term in list(objective.weights)[1:]] + list(objective.metrics)
+    means = zip(labels, others[::2], others[1::2], strict=True)
+    further = {label: mean(total, count) for label, total, count in means}
+    return LossResult(nats, round(num_targets), num_bytes, further)

@@ -4,11 +4,13 @@ Owns the attention function that `model.build` registers with transformers under
 see travels as keyword arguments through the model's forward (`document_kwargs`), never as an `attention_mask`, because
 several architectures rewrite that. Imports no transformers, so that loader workers need not.
 
-Shapes: B sequences, H heads, G key/value heads, T tokens, D head width.
+Shapes: B sequences, H heads, G key/value heads, T tokens, S tokens of an encoder, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +21,49 @@ from lmssl.model.products import products_attention
 
 LOOP_FROM_TOKENS = 1536
 """From this length on documents are looped over on CPU; between 512 and 2,048, the crossing itself is not measured."""
+WINDOW_QUERIES = 256
+"""Queries of a windowed document that meet their keys at once; fewer do less work in vain, in more calls."""
 
 
-def document_kwargs(segments_BT: Tensor, *, causal: bool, documents: bool) -> dict[str, Any]:
+def document_kwargs(
+    segments_BT: Tensor, *, causal: bool, documents: bool, key_segments_BS: Tensor | None = None
+) -> dict[str, Any]:
     """Keyword arguments for a model's forward that say what each token may attend to.
 
     Args:
         segments_BT: integers; equal numbers are one document, 0 is padding (which sees only itself).
         causal: tokens see earlier tokens only.
-        documents: tokens see their own document only; otherwise the whole sequence.
+        documents: tokens see their own document only; otherwise the whole sequence, without its padding where later
+            tokens are seen.
+        key_segments_BS: for a decoder with cross attention, the segments of the encoder's S tokens, numbered alike.
     """
-    if not documents:
-        return {"document_mask": None, "document_segments": None, "document_causal": causal}
+    if not documents and (key_segments_BS is not None or not causal):
+        segments_BT = (segments_BT != 0).to(segments_BT.dtype)
+        key_segments_BS = None if key_segments_BS is None else (key_segments_BS != 0).to(key_segments_BS.dtype)
+    cross: dict[str, Any] = {}
+    if key_segments_BS is not None:
+        cross = {"document_cross_mask": _cross_mask(segments_BT, key_segments_BS)}
+    if not documents and causal:
+        return {"document_mask": None, "document_segments": None, "document_causal": True, **cross}
     length = segments_BT.shape[1]
     if segments_BT.device.type == "cpu" and length >= LOOP_FROM_TOKENS:
-        return {"document_mask": None, "document_segments": segments_BT, "document_causal": causal}
+        return {"document_mask": None, "document_segments": segments_BT, "document_causal": causal, **cross}
+    mask = _document_mask(segments_BT, causal)
+    return {"document_mask": mask, "document_segments": None, "document_causal": causal, **cross}
+
+
+def _document_mask(segments_BT: Tensor, causal: bool) -> Tensor:
+    """[B, 1, T, T]; true where a query sees a key."""
     mask_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     if causal:
-        mask_BTT = mask_BTT & _causal_TT(length, segments_BT.device)
-    return {"document_mask": mask_BTT[:, None], "document_segments": None, "document_causal": causal}
+        mask_BTT = mask_BTT & _causal_TT(segments_BT.shape[1], segments_BT.device)
+    return mask_BTT[:, None]
+
+
+def _cross_mask(segments_BT: Tensor, key_segments_BS: Tensor) -> Tensor:
+    """[B, 1, T, S]; a query whose document has no keys sees all, because a softmax over nothing is not a number."""
+    mask_BTS = segments_BT[:, :, None] == key_segments_BS[:, None, :]
+    return (mask_BTS | ~mask_BTS.any(-1, keepdim=True))[:, None]
 
 
 def _causal_TT(length: int, device: torch.device) -> Tensor:
@@ -55,51 +81,71 @@ def document_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
     document_mask: Tensor | None = None,
     document_segments: Tensor | None = None,
     document_causal: bool | None = None,
+    document_cross_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention within documents; the signature is transformers' own.
 
+    Args:
+        sliding_window: tokens further apart than `sliding_window - 1` do not see each other.
+        position_bias: [1, H, T, T], added to the scores, of T5's family.
+        document_mask: with the others named so, as `document_kwargs` makes them.
     Source: torch's scaled_dot_product_attention; differs in taking the block structure from segments.
     """
     heads, groups = query_BHTD.shape[1], key_BGTD.shape[1]
     if heads != groups:
         key_BGTD = key_BGTD.repeat_interleave(heads // groups, dim=1)
         value_BGTD = value_BGTD.repeat_interleave(heads // groups, dim=1)
-    length = query_BHTD.shape[2]
-    windowed = sliding_window is not None and sliding_window < length
-    if document_segments is not None and not windowed and not (dropout and module.training):
-        scale = scaling if scaling is not None else query_BHTD.shape[-1] ** -0.5
-        out_BHTD, _lse = _loop(query_BHTD, key_BGTD, value_BGTD, document_segments, bool(document_causal), scale)
+    length, dropout_p = query_BHTD.shape[2], dropout if module.training else 0.0
+    scale = scaling if scaling is not None else query_BHTD.shape[-1] ** -0.5
+    if document_cross_mask is not None and _is_cross(module):  # T5's position bias is zero here
+        document_mask, document_segments, document_causal = document_cross_mask, None, False
+        position_bias = None
+    window = sliding_window if sliding_window and sliding_window < length else 0
+    if document_segments is not None and position_bias is None and not dropout_p:
+        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
+        out_BHTD, _lse = _loop(*qkv, document_segments, bool(document_causal), scale, window)
         return out_BHTD.transpose(1, 2), None
     mask, causal = document_mask, document_causal
     if causal is None:  # a stock forward without document_kwargs: generation, or a caller of our own probe
         causal = bool(getattr(module, "is_causal", True)) and length > 1
     if document_segments is not None:
-        mask = (document_segments[:, :, None] == document_segments[:, None, :])[:, None]
-        mask = mask & _causal_TT(length, mask.device) if causal else mask
-    if windowed:
-        assert sliding_window is not None
-        mask = _windowed(mask, causal, length, sliding_window, query_BHTD.device)
-    if mask is not None and query_BHTD.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
-        if torch.is_autocast_enabled("cpu"):  # as it does around torch's own attention
-            kind = torch.get_autocast_dtype("cpu")
-            query_BHTD, key_BGTD, value_BGTD = (x.to(kind) for x in (query_BHTD, key_BGTD, value_BGTD))
-        scale = scaling if scaling is not None else query_BHTD.shape[-1] ** -0.5
-        out_BHTD = products_attention(query_BHTD, key_BGTD, value_BGTD, mask, causal=causal, scale=scale)
-        return out_BHTD.transpose(1, 2), None
+        mask = _document_mask(document_segments, causal)
+    if window:
+        mask = _windowed(mask, causal, length, window, query_BHTD.device)
+    if position_bias is not None:
+        mask, causal = _biased(mask, causal, position_bias), False
+    elif mask is not None and query_BHTD.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_p:
+        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
+        return products_attention(*qkv, mask, causal=causal, scale=scale).transpose(1, 2), None
     out_BHTD = F.scaled_dot_product_attention(
-        query_BHTD,
-        key_BGTD,
-        value_BGTD,
-        attn_mask=mask,
-        dropout_p=dropout if module.training else 0.0,
-        is_causal=causal and mask is None,
-        scale=scaling,
+        query_BHTD, key_BGTD, value_BGTD, mask, dropout_p, is_causal=causal and mask is None, scale=scaling
     )
     return out_BHTD.transpose(1, 2), None
+
+
+def _is_cross(module: nn.Module) -> bool:
+    """Whether a decoder's attention looks at the encoder; UMT5 says so by its bias, T5 by its direction."""
+    return not (getattr(module, "is_causal", False) or getattr(module, "has_relative_attention_bias", False))
+
+
+def _in_one_type(query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does around torch's own attention, for operators that it does not know."""
+    if not torch.is_autocast_enabled("cpu"):
+        return query_BHTD, key_BHSD, value_BHSD
+    kind = torch.get_autocast_dtype("cpu")
+    return query_BHTD.to(kind), key_BHSD.to(kind), value_BHSD.to(kind)
+
+
+def _biased(mask: Tensor | None, causal: bool, position_bias: Tensor) -> Tensor:
+    """The bias of the scores, with minus infinity where a mask forbids."""
+    if mask is None and causal:
+        mask = _causal_TT(position_bias.shape[-1], position_bias.device)
+    return position_bias if mask is None else torch.where(mask, position_bias, -torch.inf)
 
 
 def _windowed(mask: Tensor | None, causal: bool, length: int, window: int, device: torch.device) -> Tensor:
@@ -107,30 +153,30 @@ def _windowed(mask: Tensor | None, causal: bool, length: int, window: int, devic
     index_T = torch.arange(length, device=device)
     near_TT = (index_T[:, None] - index_T[None, :]).abs() < window
     if mask is None:
-        mask = _causal_TT(length, device) if causal else torch.ones_like(near_TT)
+        mask = _causal_TT(length, device)[None, None] if causal else torch.ones_like(near_TT)[None, None]
     return mask & near_TT
 
 
 @torch.library.custom_op("lmssl::document_loop", mutates_args=())
 def _loop(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     """Attention document by document on CPU; opaque to the compiler, so shapes stay static whatever the documents."""
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-    for row, start, end in _documents(segments):
-        part = (slice(row, row + 1), slice(None), slice(start, end))
+    for piece in _pieces(segments, causal, window):
+        asked, seen = piece.queries, piece.keys
         attended, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[part], key[part], value[part], 0.0, causal, scale=scale
+            query[asked], key[seen], value[seen], 0.0, piece.causal, attn_mask=piece.bias(query), scale=scale
         )
-        out[part] = attended
-        lse[part] = part_lse.view(1, query.shape[1], end - start)
+        out[asked] = attended
+        lse[asked] = part_lse.view(1, query.shape[1], -1)
     return out, lse
 
 
 @_loop.register_fake
 def _loop_shapes(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(
         query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32)
@@ -148,24 +194,27 @@ def _loop_backward(
     segments: Tensor,
     causal: bool,
     scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `document_loop`, document by document."""
     grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    for row, start, end in _documents(segments):
-        part = (slice(row, row + 1), slice(None), slice(start, end))
+    for piece in _pieces(segments, causal, window):
+        asked, seen = piece.queries, piece.keys
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out[part].contiguous(),
-            query[part],
-            key[part],
-            value[part],
-            out[part],
-            lse[part],
+            grad_out[asked].contiguous(),
+            query[asked],
+            key[seen],
+            value[seen],
+            out[asked],
+            lse[asked],
             0.0,
-            causal,
+            piece.causal,
+            attn_mask=piece.bias(query),
             scale=scale,
         )
-        for grad, piece in zip(grads, parts, strict=True):
-            grad[part] = piece
+        for grad, part, where in zip(grads, parts, (asked, seen, seen), strict=True):
+            # Keys meet several blocks of queries where there is a window.
+            grad[where] = grad[where] + part if window else part
     return grads[0], grads[1], grads[2]
 
 
@@ -180,6 +229,7 @@ def _loop_backward_shapes(
     segments: Tensor,
     causal: bool,
     scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     like = torch.contiguous_format
     return (
@@ -190,17 +240,61 @@ def _loop_backward_shapes(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, segments, ctx.causal, ctx.scale = inputs
+    query, key, value, segments, ctx.causal, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(query, key, value, output[0], output[1], segments)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse, segments = ctx.saved_tensors
-    grads = _loop_backward(grad_out, query, key, value, out, lse, segments, ctx.causal, ctx.scale)
-    return (*grads, None, None, None)
+    grads = _loop_backward(grad_out, query, key, value, out, lse, segments, ctx.causal, ctx.scale, ctx.window)
+    return (*grads, None, None, None, None)
 
 
 _loop.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Queries and keys that one call of the kernel multiplies: a document, or of a windowed one a block of queries."""
+
+    row: int
+    first_query: int
+    end_query: int
+    first_key: int
+    end_key: int
+    causal: bool
+    """Left to the kernel, where there is no window."""
+    window: int
+    """0: none; otherwise the rule is in `bias`, with `window_causal`."""
+    window_causal: bool
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        return slice(self.row, self.row + 1), slice(None), slice(self.first_query, self.end_query)
+
+    @property
+    def keys(self) -> tuple[slice, slice, slice]:
+        return slice(self.row, self.row + 1), slice(None), slice(self.first_key, self.end_key)
+
+    def bias(self, like: Tensor) -> Tensor | None:
+        """What is added to the scores, [queries, keys]: minus infinity outside the window."""
+        if not self.window:
+            return None
+        apart = torch.arange(self.first_query, self.end_query)[:, None] - torch.arange(self.first_key, self.end_key)
+        near = (apart.abs() < self.window) & ((apart >= 0) | (not self.window_causal))
+        return torch.zeros(near.shape, dtype=like.dtype).masked_fill_(~near, -torch.inf)
+
+
+def _pieces(segments: Tensor, causal: bool, window: int) -> Iterator[_Piece]:
+    for row, start, end in _documents(segments):
+        if not window or end - start <= window:
+            yield _Piece(row, start, end, start, end, causal, 0, causal)
+            continue
+        size = max(WINDOW_QUERIES, 2 * window)
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            seen = (max(start, first - window + 1), last if causal else min(end, last + window - 1))
+            yield _Piece(row, first, last, *seen, False, window, causal)
 
 
 def _documents(segments: Tensor) -> list[tuple[int, int, int]]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmssl.errors import ModelError
-from lmssl.recipe.model import Gpt2Model, LlamaModel, ModelBase, Qwen3Model, null_sizes
+from lmssl.recipe.encoders import (
+    BertModel,
+    DistilBertModel,
+    ElectraModel,
+    EuroBertModel,
+    ModernBertModel,
+    RobertaModel,
+    T5Model,
+)
+from lmssl.recipe.family import ModelBase
+from lmssl.recipe.model import FAMILIES, Gpt2Model, LlamaModel, Qwen3Model, null_sizes
 
 
 @dataclass(frozen=True)
@@ -13,11 +23,11 @@ class Parameters:
     """How many parameters a model has, by what they do."""
 
     embedding: int
-    """Rows looked up: tokens, and positions in gpt2."""
+    """Rows looked up: tokens, and where they are learned positions and kinds of sentences."""
     head: int
     """The output matrix when it is one of its own; 0 when it is the embedding's."""
     body: int
-    """Everything between."""
+    """Everything between, and what a head has besides its output matrix."""
 
     @property
     def total(self) -> int:
@@ -41,30 +51,42 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class _Shape:
+    """What one stack of layers has, and what stands around it."""
+
     width: int
     layers: int
     heads: int
     head_dim: int
-    positions: int
-    """Rows of a learned position embedding; 0 without one."""
+    rows: int
+    """Rows of learned position and sentence embeddings; 0 without them."""
     layer_matrices: int
     """Weights of one layer that multiply a token."""
     layer_vectors: int
     """Norms and biases of one layer."""
     final_vectors: int
+    """Norms and biases outside of the layers, those of a masked head and its embedding's included."""
+    pairs: float
+    """Keys that a query meets in all layers together."""
+    embedding_width: int = 0
+    """0: `width`."""
+    entry_matrices: int = 0
+    """Weights that multiply a token before the layers."""
+    head_matrices: int = 0
+    """Weights that multiply a target between layers and output matrix."""
 
 
 def has_formula(model: ModelBase) -> bool:
     """Whether this family is known here; of others only the built model can be counted."""
-    return isinstance(model, LlamaModel | Qwen3Model | Gpt2Model)
+    return type(model) in FAMILIES.values()
 
 
-def num_parameters(model: ModelBase, *, vocab_size: int, sequence_length: int) -> Parameters:
+def num_parameters(model: ModelBase, *, vocab_size: int, sequence_length: int, pad_id: int | None = None) -> Parameters:
     """Parameters of a `model` section.
 
     Args:
         vocab_size: rows of the embedding.
         sequence_length: tokens; the number of positions where the section does not say.
+        pad_id: of the tokenizer; roberta's positions begin after it.
     Raises:
         ModelError: the family is not a shipped one.
 
@@ -72,33 +94,42 @@ def num_parameters(model: ModelBase, *, vocab_size: int, sequence_length: int) -
     >>> num_parameters(gpt2, vocab_size=1000, sequence_length=128)
     Parameters(embedding=72192, head=0, body=100096)
     """
-    shape = _shape(model, sequence_length)
-    matrix = vocab_size * shape.width
+    if isinstance(model, T5Model):
+        return _t5_parameters(model, vocab_size)
+    shape = _shape(model, vocab_size, sequence_length, pad_id or 0)
+    width = shape.embedding_width or shape.width
+    layers = shape.layers * (shape.layer_matrices + shape.layer_vectors)
     return Parameters(
-        embedding=matrix + shape.positions * shape.width,
-        head=0 if model.tie_word_embeddings else matrix,
-        body=shape.layers * (shape.layer_matrices + shape.layer_vectors) + shape.final_vectors,
+        embedding=(vocab_size + shape.rows) * width,
+        head=0 if model.tie_word_embeddings else vocab_size * width,
+        body=layers + shape.entry_matrices + shape.head_matrices + shape.final_vectors,
     )
 
 
-def flops_per_token(model: ModelBase, *, vocab_size: int, sequence_length: int) -> int:
+def flops_per_token(model: ModelBase, *, vocab_size: int, sequence_length: int, target_ratio: float = 1.0) -> int:
     """Floating-point operations of one training step per token, forward and backward.
 
-    `6 * (layers * matrices + vocab_size * width) + 6 * layers * heads * head_dim * sequence_length`
+    `6 * (layers * matrices + target_ratio * (head + vocab_size * width)) + 12 * heads * head_dim * pairs`
 
     A weight that multiplies a token costs a multiplication and an addition forward and twice that backward. The head
-    counts, shared or not; looking up an embedding, norms and biases do not. Attention multiplies queries with keys and
-    weights with values: 12 * heads * head_dim per layer and pair of tokens with the backward pass, and half of all
-    pairs are causal. Documents packed together attend to fewer pairs still, which is not counted here.
+    counts, shared or not, at the targets only; looking up an embedding, norms and biases do not. Attention multiplies
+    queries with keys and weights with values. A query meets half of the sequence's keys per layer in a causal model,
+    all of them in a bidirectional one, and a neighbourhood in modernbert's local layers. Documents packed together
+    attend to fewer pairs still, which is not counted here.
 
+    Args:
+        target_ratio: targets / tokens; 1 for causal models. For T5's family, tokens of the decoder / tokens of the
+            encoder: a token is one of the encoder's.
     Raises:
         ModelError: the family is not a shipped one.
-    Source: Kaplan et al. 2020, appendix C, and PaLM (Chowdhery et al. 2022), appendix B; differs: causal pairs only.
+    Source: Kaplan et al. 2020, appendix C, and PaLM (Chowdhery et al. 2022), appendix B; differs in the pairs.
     """
-    shape = _shape(model, sequence_length)
-    weights = shape.layers * shape.layer_matrices + vocab_size * shape.width
-    attention = shape.layers * shape.heads * shape.head_dim * sequence_length
-    return 6 * weights + 6 * attention
+    if isinstance(model, T5Model):
+        return _t5_flops(model, vocab_size, sequence_length, target_ratio)
+    shape = _shape(model, vocab_size, sequence_length, 0)
+    head = shape.head_matrices + vocab_size * (shape.embedding_width or shape.width)
+    weights = shape.layers * shape.layer_matrices + shape.entry_matrices + round(target_ratio * head)
+    return 6 * weights + round(12 * shape.heads * shape.head_dim * shape.pairs)
 
 
 def training_memory(num_parameters: int) -> TrainingMemory:
@@ -110,10 +141,10 @@ def training_memory(num_parameters: int) -> TrainingMemory:
     return TrainingMemory(4 * num_parameters, 4 * num_parameters, 8 * num_parameters)
 
 
-def _shape(model: ModelBase, sequence_length: int) -> _Shape:
-    sizes = null_sizes(model, sequence_length)
-    if isinstance(model, LlamaModel | Qwen3Model):
-        return _rotary_shape(model, sizes)
+def _shape(model: ModelBase, vocab_size: int, sequence_length: int, pad_id: int) -> _Shape:
+    sizes = null_sizes(model, sequence_length, pad_id=pad_id)
+    if isinstance(model, LlamaModel | Qwen3Model | EuroBertModel):
+        return _rotary_shape(model, sizes, vocab_size, sequence_length)
     if isinstance(model, Gpt2Model):
         width, inner = model.n_embd, model.n_inner or sizes["n_inner"]
         return _Shape(
@@ -121,12 +152,21 @@ def _shape(model: ModelBase, sequence_length: int) -> _Shape:
             layers=model.n_layer,
             heads=model.n_head,
             head_dim=width // model.n_head,
-            positions=model.n_positions or sizes["n_positions"],
+            rows=model.n_positions or sizes["n_positions"],
             layer_matrices=4 * width * width + 2 * width * inner,
             # Two norms with scale and shift; biases of qkv, attention output, and the two of the mlp.
             layer_vectors=4 * width + 4 * width + inner + width,
             final_vectors=2 * width,
+            pairs=_causal_pairs(model.n_layer, sequence_length),
         )
+    if isinstance(model, BertModel | RobertaModel | ElectraModel):
+        positions = model.max_position_embeddings or sizes["max_position_embeddings"]
+        return _bert_shape(model, positions + model.type_vocab_size, vocab_size, sequence_length)
+    if isinstance(model, DistilBertModel):
+        positions = model.max_position_embeddings or sizes["max_position_embeddings"]
+        return _distilbert_shape(model, positions, vocab_size, sequence_length)
+    if isinstance(model, ModernBertModel):
+        return _modernbert_shape(model, vocab_size, sequence_length)
     raise ModelError(
         f"there is no formula for the size of kind {getattr(model, 'kind', '?')}",
         where="model.kind",
@@ -134,7 +174,13 @@ def _shape(model: ModelBase, sequence_length: int) -> _Shape:
     )
 
 
-def _rotary_shape(model: LlamaModel | Qwen3Model, sizes: dict[str, int]) -> _Shape:
+def _causal_pairs(layers: int, sequence_length: int) -> float:
+    return layers * sequence_length / 2
+
+
+def _rotary_shape(
+    model: LlamaModel | Qwen3Model | EuroBertModel, sizes: dict[str, int], vocab_size: int, sequence_length: int
+) -> _Shape:
     width, inner, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     head_dim = model.head_dim or sizes["head_dim"]
     groups = model.num_key_value_heads or sizes["num_key_value_heads"]
@@ -142,17 +188,107 @@ def _rotary_shape(model: LlamaModel | Qwen3Model, sizes: dict[str, int]) -> _Sha
     vectors = 2 * width
     if model.attention_bias:
         vectors += queries + 2 * keys + width
-    if isinstance(model, LlamaModel) and model.mlp_bias:
+    if isinstance(model, LlamaModel | EuroBertModel) and model.mlp_bias:
         vectors += 2 * inner + width
     if isinstance(model, Qwen3Model):
         vectors += 2 * head_dim  # the norms of queries and keys
+    both_ways, layers = isinstance(model, EuroBertModel), model.num_hidden_layers
     return _Shape(
         width=width,
-        layers=model.num_hidden_layers,
+        layers=layers,
         heads=heads,
         head_dim=head_dim,
-        positions=0,
+        rows=0,
         layer_matrices=2 * width * queries + 2 * width * keys + 3 * width * inner,
         layer_vectors=vectors,
-        final_vectors=width,
+        final_vectors=width + (vocab_size if isinstance(model, EuroBertModel) and model.mlp_bias else 0),
+        pairs=layers * sequence_length if both_ways else _causal_pairs(layers, sequence_length),
     )
+
+
+def _bert_shape(
+    model: BertModel | RobertaModel | ElectraModel, rows: int, vocab_size: int, sequence_length: int
+) -> _Shape:
+    width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    narrow = model.embedding_size if isinstance(model, ElectraModel) else width
+    projected = narrow != width
+    return _Shape(
+        width=width,
+        layers=layers,
+        heads=model.num_attention_heads,
+        head_dim=width // model.num_attention_heads,
+        rows=rows,
+        layer_matrices=4 * width * width + 2 * width * inner,
+        # Two norms with scale and shift; biases of queries, keys, values, attention output, and the two of the mlp.
+        layer_vectors=4 * width + 4 * width + inner + width,
+        # The embedding's norm and projection; bias and norm of the transform; the bias of the output.
+        final_vectors=2 * narrow + (width if projected else 0) + 3 * narrow + vocab_size,
+        pairs=layers * sequence_length,
+        embedding_width=narrow,
+        entry_matrices=narrow * width if projected else 0,
+        head_matrices=width * narrow,
+    )
+
+
+def _distilbert_shape(model: DistilBertModel, positions: int, vocab_size: int, sequence_length: int) -> _Shape:
+    width, inner = model.dim, model.hidden_dim
+    return _Shape(
+        width=width,
+        layers=model.n_layers,
+        heads=model.n_heads,
+        head_dim=width // model.n_heads,
+        rows=positions,
+        layer_matrices=4 * width * width + 2 * width * inner,
+        layer_vectors=4 * width + 4 * width + inner + width,
+        final_vectors=2 * width + 3 * width + vocab_size,
+        pairs=model.n_layers * sequence_length,
+        head_matrices=width * width,
+    )
+
+
+def _modernbert_shape(model: ModernBertModel, vocab_size: int, sequence_length: int) -> _Shape:
+    width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    norm = (2 if model.norm_bias else 1) * width
+    vectors = 2 * norm + (4 * width if model.attention_bias else 0) + (2 * inner + width if model.mlp_bias else 0)
+    final = 3 * norm + (width if model.classifier_bias else 0) + (vocab_size if model.decoder_bias else 0)
+    wide = -(-layers // model.global_attn_every_n_layers)
+    near = min(sequence_length, 2 * (model.local_attention // 2) + 1)
+    return _Shape(
+        width=width,
+        layers=layers,
+        heads=model.num_attention_heads,
+        head_dim=width // model.num_attention_heads,
+        rows=0,
+        layer_matrices=4 * width * width + 3 * width * inner,
+        layer_vectors=vectors,
+        final_vectors=final - norm,  # the first layer has no norm before its attention
+        pairs=wide * sequence_length + (layers - wide) * near,
+        head_matrices=width * width,
+    )
+
+
+def _t5_layers(model: T5Model) -> tuple[int, int, int]:
+    """Weights of one attention and of one feed-forward layer that multiply a token, and layers of the decoder."""
+    inner = model.num_heads * (model.d_kv or model.d_model // model.num_heads)
+    gated = 3 if model.feed_forward_proj.startswith("gated") else 2
+    return 4 * model.d_model * inner, gated * model.d_model * model.d_ff, model.num_decoder_layers or model.num_layers
+
+
+def _t5_parameters(model: T5Model, vocab_size: int) -> Parameters:
+    attention, feed, decoders = _t5_layers(model)
+    encoders, width = model.num_layers, model.d_model
+    biases = encoders + decoders if model.kind == "umt5" else 2  # umt5 has one for every layer
+    body = encoders * (attention + feed + 2 * width) + decoders * (2 * attention + feed + 3 * width) + 2 * width
+    body += biases * model.relative_attention_num_buckets * model.num_heads
+    return Parameters(embedding=vocab_size * width, head=0, body=body)
+
+
+def _t5_flops(model: T5Model, vocab_size: int, sequence_length: int, target_ratio: float) -> int:
+    attention, feed, decoders = _t5_layers(model)
+    # Across, keys and values are made from the encoder's tokens, queries and outputs from the decoder's.
+    read = model.num_layers * (attention + feed) + decoders * attention // 2
+    written = decoders * (attention + attention // 2 + feed) + vocab_size * model.d_model
+    within = model.num_layers * sequence_length
+    across = decoders * sequence_length * target_ratio * (1 + target_ratio / 2)
+    inner = model.num_heads * (model.d_kv or model.d_model // model.num_heads)
+    return round(6 * (read + target_ratio * written) + 12 * inner * (within + across))

@@ -33,19 +33,51 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     the compiler fuses it on any device, and in keeping the weight's gradient in float32.
     """
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
-        return _forward_only(hidden_ND, weight_VD, targets_N, chunk_targets)
+        return _forward_only(hidden_ND, weight_VD, None, targets_N, chunk_targets)[0]
     loss: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_targets)  # type: ignore[no-untyped-call]
     return loss
 
 
-def _forward_only(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_targets: int) -> Tensor:
+def loss_and_correct(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, chunk_targets: int
+) -> tuple[Tensor, Tensor]:
+    """`summed_cross_entropy` of a head that may have a bias, and how many targets it predicts, two float32 scalars.
+
+    A target is predicted if its logit is the largest; of several equal ones only the first token's counts, because
+    scoring every tie as correct would make a model of equal logits perfect.
+
+    Args:
+        bias_V: added to the logits in float32; None where the head has none.
+    """
+    parameters = (hidden_ND, weight_VD) if bias_V is None else (hidden_ND, weight_VD, bias_V)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in parameters)):
+        return _forward_only(hidden_ND, weight_VD, bias_V, targets_N, chunk_targets)
+    found: tuple[Tensor, Tensor] = _LossAndCorrect.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, bias_V, targets_N, chunk_targets
+    )
+    return found
+
+
+def _forward_only(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_targets: int
+) -> tuple[Tensor, Tensor]:
     weight = weight_VD.to(hidden_ND.dtype)
-    total = hidden_ND.new_zeros((), dtype=torch.float32)
+    total, correct = (hidden_ND.new_zeros((), dtype=torch.float32) for _ in range(2))
     for start in range(0, hidden_ND.shape[0], chunk_targets):
         part = slice(start, start + chunk_targets)
-        logits_NV = (hidden_ND[part] @ weight.t()).float()
+        logits_NV = _logits(hidden_ND[part], weight, bias_V)
         total = total + F.cross_entropy(logits_NV, targets_N[part], ignore_index=IGNORE, reduction="sum")
-    return total
+        correct = correct + _correct(logits_NV, targets_N[part])
+    return total, correct
+
+
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits_NV = (hidden_ND @ weight_VD.t()).float()
+    return logits_NV if bias_V is None else logits_NV + bias_V.float()
+
+
+def _correct(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return (logits_NV.argmax(-1) == targets_N).sum().float()  # no index is `IGNORE`
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -58,12 +90,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None]
-            loss, grad_logits_NV = _chunk(hidden_ND[part], weight, targets_N[part])
+            loss, grad_logits_NV = _chunk(_logits(hidden_ND[part], weight, None), targets_N[part], hidden_ND.dtype)
             total = total + loss
             # Rows that predict nothing are taken out here, where they are D wide, and not from the V wide gradient.
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
-            # [D, N] @ [N, V] runs faster on CPU than the transpose of the wide matrix times hidden states.
-            grad_weight_DV = grad_weight_DV + (hidden_ND[part] * kept_N1).t().contiguous() @ grad_logits_NV
+            grad_weight_DV = _plus_product(grad_weight_DV, hidden_ND[part] * kept_N1, grad_logits_NV)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_DV.t().contiguous().to(weight_VD.dtype))
         return total
 
@@ -73,19 +104,70 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], None, None
 
 
-def _chunk(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+class _LossAndCorrect(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_targets: int
+    ) -> tuple[Tensor, Tensor]:
+        weight = weight_VD.to(hidden_ND.dtype)
+        total, correct = (hidden_ND.new_zeros((), dtype=torch.float32) for _ in range(2))
+        grad_hidden: list[Tensor] = []
+        width = hidden_ND.shape[1]
+        grad_DV = torch.zeros((width + 1, weight_VD.shape[0]), dtype=torch.float32, device=weight_VD.device)
+        for start in range(0, hidden_ND.shape[0], chunk_targets):
+            part = slice(start, start + chunk_targets)
+            kept_N1 = (targets_N[part] != IGNORE)[:, None].to(hidden_ND.dtype)
+            logits_NV = _logits(hidden_ND[part], weight, bias_V)
+            correct = correct + _correct(logits_NV, targets_N[part])
+            loss, grad_logits_NV = _chunk(logits_NV, targets_N[part], hidden_ND.dtype)
+            total = total + loss
+            grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
+            # The bias is the weight of a hidden unit that is 1 wherever there is a target: one more row of a product.
+            seen_ND = torch.cat([hidden_ND[part] * kept_N1, kept_N1], dim=1)
+            grad_DV = _plus_product(grad_DV, seen_ND, grad_logits_NV)
+        grad_weight_VD = grad_DV[:width].t().contiguous().to(weight_VD.dtype)
+        grad_bias_V = None if bias_V is None else grad_DV[width].to(bias_V.dtype)
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD, grad_bias_V)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
+        grad_bias_V = None if grad_bias_V is None else grad_bias_V * grads[0]
+        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], grad_bias_V, None, None
+
+
+@torch.library.custom_op("lmssl::plus_product", mutates_args=())
+def _plus_product(total_DV: Tensor, left_ND: Tensor, right_NV: Tensor) -> Tensor:
+    """`total_DV + left_ND.T @ right_NV`, in float32; an operator that the compiler does not look into.
+
+    It would transpose bfloat16 tiles of two matrices in one loop, and gcc 12 at -O3 makes garbage of that on CPUs with
+    AVX-512 (torch 2.13; without SLP vectorisation it does not).
+    """
+    # [D, N] @ [N, V] runs faster on CPU than the transpose of the wide matrix times hidden states.
+    return total_DV + left_ND.t().contiguous() @ right_NV
+
+
+@_plus_product.register_fake
+def _plus_product_shape(total_DV: Tensor, left_ND: Tensor, right_NV: Tensor) -> Tensor:
+    return torch.empty_like(total_DV)
+
+
+def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Loss of one chunk, and its gradient with respect to the logits as if every row had a target."""
-    log_probs_NV = torch.log_softmax((hidden_ND @ weight_VD.t()).float(), dim=-1)
+    log_probs_NV = torch.log_softmax(logits_NV, dim=-1)
+    del logits_NV  # half of what a chunk takes
     kept_N = targets_N != IGNORE
     safe_N1 = torch.where(kept_N, targets_N, 0)[:, None]
     picked_N1 = log_probs_NV.gather(1, safe_N1)
     loss = -torch.where(kept_N, picked_N1[:, 0], 0.0).sum()
     if torch.compiler.is_compiling():  # one fused loop, and a scatter of one entry a row
-        grad_NV = torch.exp(log_probs_NV).to(hidden_ND.dtype)
-        return loss, grad_NV.scatter(1, safe_N1, (torch.exp(picked_N1) - 1).to(hidden_ND.dtype))
+        grad_NV = torch.exp(log_probs_NV).to(dtype)
+        return loss, grad_NV.scatter(1, safe_N1, (torch.exp(picked_N1) - 1).to(dtype))
     grad_NV = log_probs_NV.exp_()  # in place: this matrix is most of the head's memory traffic
     grad_NV.scatter_(1, safe_N1, torch.exp(picked_N1) - 1)
-    return loss, grad_NV.to(hidden_ND.dtype)
+    return loss, grad_NV.to(dtype)
 
 
 def chunk_size(num_targets: int, vocab_size: int, *, logits_bytes: int = 2**26) -> int:

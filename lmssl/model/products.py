@@ -7,7 +7,7 @@ see, so that 4 blocks do 5/8 of the work.
 Forward and backward are operators that the model's own graph does not look into, and are compiled once each for all
 layers; as parts of that graph they would be compiled once per layer.
 
-Shapes: B sequences, H heads, T tokens, D head width.
+Shapes: B sequences, H heads, T queries, S keys (as many as queries if causal), D head width.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ BLOCKS = 4
 
 
 def products_attention(
-    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, mask: Tensor, *, causal: bool, scale: float
+    query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor, *, causal: bool, scale: float
 ) -> Tensor:
     """Scaled dot-product attention, [B, H, T, D].
 
     Args:
         query_BHTD: in one type with keys and values; scores are rounded to it, as in transformers' eager attention,
             the softmax is float32.
-        mask: bool, broadcastable to [B, H, T, T]; every query sees at least one key.
+        mask: bool, [B, 1, T, S], B perhaps 1; every query sees at least one key.
         causal: no query sees a later key; lets the work on later keys be left out.
         scale: factor of the scores.
     Source: the recomputation of FlashAttention (Dao et al. 2022), with query blocks as the only tiles.
     """
     zero = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
     bias = torch.where(mask, zero, -torch.inf)  # added, because choosing costs 4 times as much per score
-    inputs = (x_BHTD.contiguous() for x_BHTD in (query_BHTD, key_BHTD, value_BHTD))
+    inputs = (x_BHTD.contiguous() for x_BHTD in (query_BHTD, key_BHSD, value_BHSD))
     out_BHTD: Tensor = _attend(*inputs, bias, causal, scale)[0]
     return out_BHTD
 
@@ -106,18 +106,20 @@ def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | N
 _attend.register_autograd(_autograd, setup_context=_save_for_backward)
 
 
-def _blocks(length: int, causal: bool) -> list[tuple[int, int, int]]:
+def _blocks(queries: int, keys: int, causal: bool) -> list[tuple[int, int, int]]:
     """(first query, end of queries, end of keys) of every block."""
-    size = max(MIN_BLOCK_QUERIES, -(-length // BLOCKS)) if causal else length
-    ends = [(start, min(start + size, length)) for start in range(0, length, size)]
-    return [(start, end, end if causal else length) for start, end in ends]
+    if not causal:
+        return [(0, queries, keys)]
+    size = max(MIN_BLOCK_QUERIES, -(-queries // BLOCKS))
+    ends = [(start, min(start + size, queries)) for start in range(0, queries, size)]
+    return [(start, end, end) for start, end in ends]
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
-    for start, end, seen in _blocks(query.shape[2], causal):
+    for start, end, seen in _blocks(query.shape[2], key.shape[2], causal):
         scores = (query[:, :, start:end] @ key[:, :, :seen].transpose(2, 3)).float() * scale
         scores = scores + bias[:, :, start:end, :seen]
         top = scores.amax(-1, keepdim=True)
@@ -139,9 +141,9 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    length = query.shape[2]
     delta = (grad_out.float() * out.float()).sum(-1, keepdim=True)
-    blocks = _blocks(length, causal)
+    blocks = _blocks(query.shape[2], key.shape[2], causal)
+    key_blocks = [(first, last) for first, last, _ in blocks] if causal else [(0, key.shape[2])]
     grad_query: list[Tensor] = []
     grad_key: dict[int, Tensor] = {}
     grad_value: dict[int, Tensor] = {}
@@ -154,7 +156,7 @@ def _backward(
         grad_query.append(grad_scores @ key[:, :, :seen])
         of_key = (grad_scores.transpose(2, 3) @ query[rows]).float()
         of_value = (probs.to(value.dtype).transpose(2, 3) @ grad_out[rows]).float()
-        for first, last, _ in blocks:
+        for first, last in key_blocks:
             if last <= seen:
                 grad_key[first] = grad_key.get(first, 0) + of_key[:, :, first:last]
                 grad_value[first] = grad_value.get(first, 0) + of_value[:, :, first:last]

@@ -26,9 +26,9 @@ class MicroBatch:
     inputs: dict[str, Tensor]
     """Tensors with the micro-batch as their first dimension, on CPU until the step moves them."""
     counts: dict[str, int]
-    """Targets of each term."""
+    """Targets of each term, and of each metric."""
     num_bytes: float
-    """Bytes of text in these sequences."""
+    """Bytes of text that the first term's loss is spread over."""
     num_padding_tokens: int
     """Tokens that hold no text."""
 
@@ -36,23 +36,32 @@ class MicroBatch:
 class SumObjective(ABC):
     """Losses that are sums over targets: next-token, masked, replaced-token and their like."""
 
-    weights: ClassVar[Mapping[str, float]]
-    """Terms and their weights in the total loss; the first is the one that bits per byte are computed from."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """Further terms that are measured and not trained; each sum / its count is shown under its name."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, float]:
+        """Terms and their weights in the total loss; the first is the one that bits per byte are computed from."""
 
     @abstractmethod
-    def prepare(self, batch: SequenceBatch) -> MicroBatch:
-        """Inputs, targets and their counts; runs in loader workers, so it must be picklable and quick."""
+    def prepare(self, batch: SequenceBatch, *, evaluation: bool = False) -> MicroBatch:
+        """Inputs, targets and their counts; runs in loader workers, so it must be picklable and quick.
+
+        Args:
+            evaluation: the batch is of held-out text, and a position is its index there.
+        """
 
     @abstractmethod
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Summed loss of each term in nats, float32 scalars."""
+        """Summed loss of each term in nats, then the sum of each metric, float32 scalars."""
 
 
 class EmbeddingObjective(ABC):
     """One loss over the embeddings of the whole batch: contrastive objectives."""
 
     @abstractmethod
-    def prepare(self, batch: SequenceBatch) -> MicroBatch:
+    def prepare(self, batch: SequenceBatch, *, evaluation: bool = False) -> MicroBatch:
         """Inputs of `embed`; counts may be empty."""
 
     @abstractmethod

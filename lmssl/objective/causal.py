@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,11 +27,16 @@ class CausalObjective(SumObjective):
     GPT-2 and nanoGPT.
     """
 
-    weights: ClassVar[Mapping[str, float]] = {"causal": 1.0}
     document_attention: bool = True
 
-    def prepare(self, batch: SequenceBatch) -> MicroBatch:
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """One term."""
+        return {"causal": 1.0}
+
+    def prepare(self, batch: SequenceBatch, *, evaluation: bool = False) -> MicroBatch:
         """Targets are the ids shifted by one; the last token of a document has none."""
+        del evaluation  # nothing here is drawn
         ids_BT, segments_BT = batch.ids_BT, batch.segments_BT
         targets_BT = np.full_like(ids_BT, IGNORE)
         following = (segments_BT[:, 1:] != 0) & (segments_BT[:, :-1] != 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from lmssl.recipe.base import AsTuple, Float, Int, Section
+from lmssl.recipe.batches import stage_starts
 
 Paths = Annotated[tuple[str, ...], AsTuple]
 
@@ -120,12 +122,16 @@ class Validation(Section):
 
 
 class MixtureStage(Section):
-    """A later part of the run with other weights, such as an annealing phase."""
+    """A later part of the run with other weights or longer sequences, such as an annealing phase."""
 
     from_tokens: Int = Field(ge=1)
-    """Where it begins, in tokens of the run; a multiple of `train.batch_tokens`."""
-    weights: dict[str, Annotated[Float, Field(ge=0)]]
-    """Weight by name of the corpus; one left out has 0."""
+    """Where it begins, in tokens of the run; a step must begin there."""
+    weights: dict[str, Annotated[Float, Field(ge=0)]] | None = None
+    """Weight by name of the corpus; one left out has 0. Null: all as before."""
+    sequence_length: Int | None = Field(default=None, ge=8)
+    """Tokens per sequence from there on; null: as before."""
+    rope_theta: Float | None = Field(default=None, gt=0)
+    """Base of rotary positions from there on, of ModernBERT's global layers; null: as before."""
 
 
 class FillInTheMiddleSection(Section):
@@ -180,7 +186,7 @@ class DataSection(Section):
     """Corpora, their mixture and how documents become sequences."""
 
     sequence_length: Int = Field(ge=8)
-    """Tokens per sequence."""
+    """Tokens per sequence; those of `stages` may have more or fewer."""
     packing: Literal["best_fit", "concat", "none"] = "best_fit"
     """How documents share sequences; `none`: one piece of a document per sequence."""
     align_starts: bool = False
@@ -191,6 +197,10 @@ class DataSection(Section):
     """Put the tokenizer's bos token before each document."""
     eos: bool = True
     """Put the tokenizer's eos token after each document."""
+    cls: bool = False
+    """Put the tokenizer's cls token before each segment, a cut document's too."""
+    sep: bool = False
+    """Put the tokenizer's sep token after each segment, a cut document's too."""
     fill_in_the_middle: FillInTheMiddleSection | None = None
     """Rearrange documents for filling in the middle; null: none."""
     filters: FiltersSection = FiltersSection()
@@ -221,6 +231,34 @@ class DataSection(Section):
     """Loader processes; the order does not depend on it."""
     max_bad_records: Int = Field(default=100, ge=0)
     """Unreadable records per corpus that are set aside and counted before the run stops."""
+
+    @property
+    def starts(self) -> tuple[tuple[int, int], ...]:
+        """First position and sequence length of the run's beginning and of each stage, as if nothing were skipped."""
+        return stage_starts(self.sequence_length, [(stage.from_tokens, stage.sequence_length) for stage in self.stages])
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequences of any stage."""
+        return max(length for _, length in self.starts)
+
+
+def special_token_problems(section: DataSection) -> Iterator[str]:
+    """Sentences as in `recipe.sections.contradictions` for special tokens around segments and others at once."""
+    around = [f"data.{role}" for role in ("cls", "sep") if getattr(section, role)]
+    if not around:
+        return
+    for role in ("bos", "eos"):
+        if getattr(section, role):
+            yield (
+                f"{around[0]}: its token stands around each segment, and that of data.{role} around each document; "
+                f"set data.{role}: false, or {' and '.join(around)}: false"
+            )
+    if section.fill_in_the_middle is not None:
+        yield (
+            f"data.fill_in_the_middle: it rearranges documents for next-token prediction, and {around[0]} belongs to "
+            f"other objectives; leave data.fill_in_the_middle out, or set {' and '.join(around)}: false"
+        )
 
 
 class TokenizerSection(Section):

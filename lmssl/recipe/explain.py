@@ -46,7 +46,9 @@ def refuse(error: ValidationError, source: Source, root: type[Section]) -> NoRet
     for detail in error.errors(include_url=False):
         if detail["type"] == "value_error":
             for sentence in str(detail["ctx"]["error"]).split("\n"):
-                problem = _contradiction(sentence, source)
+                # A section's own sentence begins with a field of it, the recipe's with a whole path.
+                place = _path(detail["loc"], source.data, "value_error")
+                problem = _contradiction(dotted((*place, sentence)), source)
                 found.setdefault((*problem.path, sentence), problem)
             continue
         problem = _problem(_path(detail["loc"], source.data, detail["type"]), dict(detail), source, root)

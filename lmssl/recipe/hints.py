@@ -101,6 +101,11 @@ _TABLE: tuple[tuple[str, Foreign], ...] = (
         _to("train.batch_tokens", "train.batch_tokens counts the tokens of one step: sequences x data.sequence_length"),
     ),
     (
+        "rampup_batch_size batch_size_rampup batch_size_warmup_tokens batch_size_warmup",
+        _to("train.batch_warmup", "write train.batch_warmup: {from_tokens: the first step, tokens: how long}"),
+    ),
+    ("ema ema_beta ema_rate use_ema", _to("train.ema_decay", "write train.ema_decay: 0.999, or null for none")),
+    (
         "gradient_accumulation_steps grad_accum_steps accumulate_grad_batches",
         _no(
             "accumulation follows from train.batch_tokens, train.micro_batch_sequences and the number of devices; "

@@ -9,23 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from lmssl.recipe.base import Float, Int, Section
+from lmssl.recipe.base import Float, Int
+from lmssl.recipe.encoders import (
+    BertModel,
+    DistilBertModel,
+    ElectraModel,
+    EncoderModel,
+    EuroBertModel,
+    ModernBertModel,
+    RobertaModel,
+    T5Model,
+    encoder_sizes,
+)
+from lmssl.recipe.family import DrawnModel, ModelBase
 
 
-class ModelBase(Section):
-    """Fields every family shares; null: derived from tokenizer and data."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    vocab_size: Int | None = Field(default=None, ge=1)
-    """Rows of the embedding; null: the tokenizer's size rounded up to `tokenizer.pad_to_multiple`."""
-    tie_word_embeddings: bool = True
-    """One matrix for embedding and head."""
-    initializer_range: Float = Field(default=0.02, gt=0)
-    """Standard deviation of initial weights."""
-
-
-class LlamaModel(ModelBase):
+class LlamaModel(DrawnModel):
     """`LlamaForCausalLM`."""
 
     kind: Literal["llama"]
@@ -47,7 +46,7 @@ class LlamaModel(ModelBase):
     mlp_bias: bool = False
 
 
-class Qwen3Model(ModelBase):
+class Qwen3Model(DrawnModel):
     """`Qwen3ForCausalLM`: llama with normalised queries and keys."""
 
     kind: Literal["qwen3"]
@@ -68,7 +67,7 @@ class Qwen3Model(ModelBase):
     attention_dropout: Float = Field(default=0.0, ge=0, lt=1)
 
 
-class Gpt2Model(ModelBase):
+class Gpt2Model(DrawnModel):
     """`GPT2LMHeadModel`; dropout is off, as pretraining of one epoch wants it."""
 
     kind: Literal["gpt2"]
@@ -86,7 +85,7 @@ class Gpt2Model(ModelBase):
     layer_norm_epsilon: Float = Field(default=1e-5, gt=0)
 
 
-class OtherModel(ModelBase):
+class OtherModel(DrawnModel):
     """Any other `model_type` of transformers; its field names are checked when the model is built."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -94,25 +93,46 @@ class OtherModel(ModelBase):
     kind: str
 
 
-FAMILIES: dict[str, type[ModelBase]] = {"llama": LlamaModel, "qwen3": Qwen3Model, "gpt2": Gpt2Model}
+FAMILIES: dict[str, type[ModelBase]] = {
+    "llama": LlamaModel,
+    "qwen3": Qwen3Model,
+    "gpt2": Gpt2Model,
+    "bert": BertModel,
+    "roberta": RobertaModel,
+    "electra": ElectraModel,
+    "modernbert": ModernBertModel,
+    "eurobert": EuroBertModel,
+    "distilbert": DistilBertModel,
+    "t5": T5Model,
+    "umt5": T5Model,
+    "mt5": T5Model,
+}
 
 
 def _family(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in FAMILIES else "other"
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    return "t5" if family is T5Model else str(kind) if family else "other"
 
 
 ModelSection = Annotated[
     Annotated[LlamaModel, Tag("llama")]
     | Annotated[Qwen3Model, Tag("qwen3")]
     | Annotated[Gpt2Model, Tag("gpt2")]
+    | Annotated[BertModel, Tag("bert")]
+    | Annotated[RobertaModel, Tag("roberta")]
+    | Annotated[ElectraModel, Tag("electra")]
+    | Annotated[ModernBertModel, Tag("modernbert")]
+    | Annotated[EuroBertModel, Tag("eurobert")]
+    | Annotated[DistilBertModel, Tag("distilbert")]
+    | Annotated[T5Model, Tag("t5")]
     | Annotated[OtherModel, Tag("other")],
     Discriminator(_family),
 ]
 
 
-def null_sizes(model: ModelBase, sequence_length: int) -> dict[str, int]:
-    """Values of the shipped families' size fields that are null in the recipe."""
+def null_sizes(model: ModelBase, sequence_length: int, *, pad_id: int | None = None) -> dict[str, int]:
+    """Values of the shipped families' size fields that are null in the recipe; some follow from the pad id."""
     sizes: dict[str, int] = {}
     if isinstance(model, LlamaModel | Qwen3Model):
         sizes = {
@@ -122,4 +142,6 @@ def null_sizes(model: ModelBase, sequence_length: int) -> dict[str, int]:
         }
     elif isinstance(model, Gpt2Model):
         sizes = {"n_positions": sequence_length, "n_inner": 4 * model.n_embd}
+    elif isinstance(model, EncoderModel | T5Model):
+        sizes = encoder_sizes(model, sequence_length, pad_id)
     return {key: value for key, value in sizes.items() if getattr(model, key) is None}

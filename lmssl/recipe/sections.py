@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from lmssl.recipe.base import AsTuple, Float, Int, Section
-from lmssl.recipe.data import DataSection, TokenizerSection
+from lmssl.recipe.batches import BatchPlan, kept_before, plan_batches
+from lmssl.recipe.data import DataSection, TokenizerSection, special_token_problems
+from lmssl.recipe.encoders import EncoderModel, T5Model, encoder_problems
+from lmssl.recipe.family import ModelBase
 from lmssl.recipe.model import Gpt2Model, LlamaModel, ModelSection, Qwen3Model, null_sizes
-
-
-class CausalObjective(Section):
-    """Next-token prediction."""
-
-    kind: Literal["causal"]
+from lmssl.recipe.objective import AnyObjective, data_defaults, objective_problems
+from lmssl.recipe.train import TrainSection
 
 
 class AdamW(Section):
@@ -65,27 +64,6 @@ class LinearSchedule(Section):
 AnySchedule = Annotated[WsdSchedule | CosineSchedule | LinearSchedule, Field(discriminator="kind")]
 
 
-class TrainSection(Section):
-    """Budget, batch and precision."""
-
-    tokens: Int = Field(ge=1)
-    """Training budget: positions x sequence_length, padding included."""
-    batch_tokens: Int = Field(ge=1)
-    """Tokens of one optimiser step over all devices; a multiple of `data.sequence_length`."""
-    micro_batch_sequences: Int = Field(ge=1)
-    """Sequences of one forward on one device; only memory and speed depend on it."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of matrix products; weights and optimiser stay fp32."""
-    compile: Literal["auto", "off", "layers", "model"] = "auto"
-    """torch.compile: whole model, each layer, or off; `auto`: model on CPU, layers elsewhere, off for short runs."""
-    deterministic: bool | None = None
-    """Bit-exact repeats on one machine; null: on for CPU, where it costs nothing."""
-    log_every_steps: Int = Field(default=10, ge=1)
-    """Interval of lines in metrics.jsonl."""
-    max_skipped_steps: Int = Field(default=10, ge=0)
-    """Consecutive steps with non-finite gradients before the run stops."""
-
-
 class CheckpointSection(Section):
     """When to save and how many checkpoints to keep; the last step is always saved."""
 
@@ -129,7 +107,7 @@ class Recipe(Section):
     """Run folder; null: runs/<name>."""
     tokenizer: TokenizerSection
     data: DataSection
-    objective: CausalObjective
+    objective: AnyObjective
     model: ModelSection
     optim: AdamW
     schedule: AnySchedule
@@ -150,18 +128,44 @@ class Recipe(Section):
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences of one optimiser step over all devices."""
+        """Sequences of one optimiser step over all devices, after `train.batch_warmup`."""
         return self.train.batch_tokens // self.data.sequence_length
+
+    @property
+    def batches(self) -> BatchPlan:
+        """Which positions each step reads."""
+        starts = self.data.starts
+        kept = tuple((kept_before(first, self.data.skip), length) for first, length in starts)
+        return plan_batches(self.train.tokens, self.train.ramp, kept)
+
+    def rope_theta(self, step: int) -> float | None:
+        """The base of rotary positions in a step; None: no stage changes it."""
+        if all(stage.rope_theta is None for stage in self.data.stages):
+            return None
+        theta: float = getattr(self.model, rope_field(self.model) or "rope_theta")
+        for stage, (first, _) in zip(self.data.stages, self.data.starts[1:], strict=True):
+            if kept_before(first, self.data.skip) <= self.batches.first_position(step):
+                theta = stage.rope_theta or theta
+        return theta
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the run; the budget is rounded up to whole steps."""
-        return -(-self.train.tokens // self.train.batch_tokens)
+        return self.batches.num_steps
 
     def vocab_size(self, num_tokens: int) -> int:
         """Rows of the embedding for a tokenizer of `num_tokens` ids."""
         multiple = self.tokenizer.pad_to_multiple
         return self.model.vocab_size or -(-num_tokens // multiple) * multiple
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_by_objective(cls, given: Any) -> Any:
+        """Special tokens in the data that the kind of objective wants, where the recipe does not say."""
+        data, objective = (given.get(key) if isinstance(given, dict) else None for key in ("data", "objective"))
+        if not isinstance(data, dict) or not isinstance(objective, dict):
+            return given
+        return given | {"data": {**data_defaults(objective.get("kind")), **data}}
 
     @model_validator(mode="after")
     def _cross_check(self) -> Recipe:
@@ -173,7 +177,7 @@ class Recipe(Section):
 
 def derived_fields(recipe: Recipe) -> dict[str, Any]:
     """Values of the fields that are null in the recipe and follow from others, by dotted path."""
-    found: dict[str, Any] = {f"model.{k}": v for k, v in null_sizes(recipe.model, recipe.data.sequence_length).items()}
+    found: dict[str, Any] = {f"model.{k}": v for k, v in null_sizes(recipe.model, recipe.data.longest_sequence).items()}
     if recipe.out is None:
         found["out"] = recipe.out_path
     if recipe.data.seed is None:
@@ -185,10 +189,14 @@ def contradictions(recipe: Recipe) -> list[str]:
     """Sentences `path: what; remedy` for values that are each valid and cannot hold together."""
     return [
         *_batch_problems(recipe),
+        *_warmup_problems(recipe),
         *_mixture_problems(recipe),
         *_stage_problems(recipe),
+        *_length_problems(recipe),
         *_skip_problems(recipe),
         *_set_problems(recipe),
+        *special_token_problems(recipe.data),
+        *objective_problems(recipe.objective, recipe.data),
         *_schedule_problems(recipe),
         *_model_problems(recipe),
     ]
@@ -205,6 +213,20 @@ def _batch_problems(recipe: Recipe) -> Iterator[str]:
             "sequences of a batch (train.batch_tokens / data.sequence_length); "
             f"use at most {recipe.batch_sequences}"
         )
+
+
+def _warmup_problems(recipe: Recipe) -> Iterator[str]:
+    warmup, train, length = recipe.train.batch_warmup, recipe.train, recipe.data.sequence_length
+    if warmup is None:
+        return
+    path, start = "train.batch_warmup", warmup.from_tokens
+    if start % length:
+        near = max(1, round(start / length)) * length
+        yield f"{path}.from_tokens: {start} is not a multiple of data.sequence_length={length}; use {near}"
+    elif start > train.batch_tokens:
+        yield f"{path}.from_tokens: {start} is more than train.batch_tokens={train.batch_tokens}; lower it"
+    if warmup.tokens > train.tokens:
+        yield f"{path}.tokens: {warmup.tokens} is more than train.tokens={train.tokens}; lower it"
 
 
 def _mixture_problems(recipe: Recipe) -> Iterator[str]:
@@ -233,7 +255,7 @@ def _stage_problems(recipe: Recipe) -> Iterator[str]:
     mixture, stages, train = recipe.data.mixture, recipe.data.stages, recipe.train
     names = [corpus.name for corpus in mixture]
     for index, corpus in enumerate(mixture):
-        if corpus.weight == 0 and not any(stage.weights.get(corpus.name) for stage in stages):
+        if corpus.weight == 0 and not any((stage.weights or {}).get(corpus.name) for stage in stages):
             yield (
                 f"data.mixture.{index}.weight: the corpus {corpus.name} has weight 0 and no stage gives it more; "
                 "take it out, or give it a weight here or in data.stages"
@@ -243,21 +265,62 @@ def _stage_problems(recipe: Recipe) -> Iterator[str]:
     least = 0
     for index, stage in enumerate(stages):
         path, start = f"data.stages.{index}", stage.from_tokens
-        if start % train.batch_tokens:
+        before, after = _steps_around(train, start)
+        if train.batch_warmup is None and start not in (before, after):
             near = max(1, round(start / train.batch_tokens)) * train.batch_tokens
             yield (
                 f"{path}.from_tokens: {start} is not a multiple of train.batch_tokens={train.batch_tokens}; use {near}"
             )
+        elif start not in (before, after):
+            use = f"{before} or {after}" if before > 0 else f"{after}"
+            yield f"{path}.from_tokens: no step begins at {start} under train.batch_warmup; use {use}"
         elif start <= least:
             yield f"{path}.from_tokens: {start} is not after {least}, where the stage before it begins; sort the stages"
         elif start >= train.tokens:
             yield f"{path}.from_tokens: {start} is not before the end, train.tokens={train.tokens}; lower it"
         least = max(least, start)
-        for name in stage.weights:
+        for name in stage.weights or ():
             if name not in names:
                 yield f"{path}.weights: there is no corpus {name} in data.mixture; the corpora are {', '.join(names)}"
-        if not any(stage.weights.values()):
+        if stage.weights is not None and not any(stage.weights.values()):
             yield f"{path}.weights: no corpus has a weight above 0; give at least one"
+
+
+def _length_problems(recipe: Recipe) -> Iterator[str]:
+    train, stages = recipe.train, recipe.data.stages
+    sizes = {"train.batch_tokens": train.batch_tokens}
+    if train.batch_warmup is not None:
+        sizes["train.batch_warmup.from_tokens"] = train.batch_warmup.from_tokens
+    for index, stage in enumerate(stages):
+        path, length = f"data.stages.{index}", stage.sequence_length
+        for name, size in sizes.items():
+            if length is not None and size % length:
+                yield f"{path}.sequence_length: {length} does not divide {name}={size}; change one of them"
+        if stage.rope_theta is not None and not (
+            {"rope_theta", "global_rope_theta"} & recipe.model.model_dump().keys()
+        ):
+            yield f"{path}.rope_theta: of the kind {recipe.model.kind} none is known; leave it out"
+        if (stage.weights, length, stage.rope_theta) == (None, None, None):
+            yield f"{path}: nothing changes here; give it weights, a sequence_length or a rope_theta"
+    limited = next((corpus.name for corpus in recipe.data.mixture if corpus.max_epochs is not None), None)
+    if limited is not None and any(stage.sequence_length for stage in stages):
+        yield (
+            f"data.mixture: the corpus {limited} has max_epochs, whose sequences are counted ahead in one length; "
+            "leave max_epochs out, or sequence_length in data.stages"
+        )
+
+
+def rope_field(model: ModelBase) -> str | None:
+    """The field of a model that a stage's `rope_theta` changes; None: it has no rotary positions."""
+    names = type(model).model_fields
+    return next((name for name in ("rope_theta", "global_rope_theta") if name in names), None)
+
+
+def _steps_around(train: TrainSection, tokens: int) -> tuple[int, int]:
+    """Tokens before the step that reads a token, and before the step after it."""
+    plan = plan_batches(train.tokens, train.ramp, ((0, 1),))
+    step = plan.step_at_token(tokens)
+    return plan.tokens_before(step), plan.tokens_before(step + 1)
 
 
 def _skip_problems(recipe: Recipe) -> Iterator[str]:
@@ -295,15 +358,18 @@ def _schedule_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _model_problems(recipe: Recipe) -> Iterator[str]:
-    model, length = recipe.model, recipe.data.sequence_length
+    model, length = recipe.model, recipe.data.longest_sequence
+    name = "data.sequence_length" if length == recipe.data.sequence_length else "the longest sequence_length"
     for key in ("max_position_embeddings", "n_positions"):
         limit = getattr(model, key, None)
         if isinstance(limit, int) and limit < length:
-            yield f"model.{key}: {limit} is less than data.sequence_length={length}; raise it, or leave it out"
+            yield f"model.{key}: {limit} is less than {name}={length}; raise it, or leave it out"
     if isinstance(model, Gpt2Model) and model.n_embd % model.n_head:
         yield f"model.n_embd: {model.n_embd} is not a multiple of model.n_head={model.n_head}; change one of them"
     if isinstance(model, LlamaModel | Qwen3Model):
         yield from _rotary_problems(model)
+    if isinstance(model, EncoderModel | T5Model):
+        yield from encoder_problems(model)
 
 
 def _rotary_problems(model: LlamaModel | Qwen3Model) -> Iterator[str]:

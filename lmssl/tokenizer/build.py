@@ -14,6 +14,9 @@ from lmssl.recipe.load import load_section
 
 CAUSAL_TOKENS = {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "pad": "<|pad|>"}
 MASKED_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+SPAN_TOKENS = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
+"""T5's names for what stands in the place of a span, and as many."""
 
 
 class TokenizerBuild(Section):
@@ -25,9 +28,10 @@ class TokenizerBuild(Section):
     """What it was trained on and under which terms; printed in its README."""
     kind: Literal["bpe", "wordpiece", "unigram"]
     """bpe is byte-level and lossless; wordpiece and unigram drop white space and map unseen characters to unk."""
-    objective: Literal["causal", "masked"]
+    objective: Literal["causal", "masked", "span"]
     """causal: `<|endoftext|>` and `<|pad|>`; masked: `[PAD] [UNK] [CLS] [SEP] [MASK]`, with [CLS] and [SEP] put
-    around each text or pair where transformers encodes it."""
+    around each text or pair where transformers encodes it; span: T5's `<pad> </s> <unk>` and `<extra_id_0>` to
+    `<extra_id_99>`, with </s> put after each text."""
     vocab_size: Int = Field(ge=32)
     """Tokens to learn, control tokens and single bytes or characters included."""
     pad_to_multiple: Int = Field(default=64, ge=1)
@@ -52,14 +56,19 @@ class TokenizerBuild(Section):
     @property
     def control_tokens(self) -> dict[str, str]:
         """Role to text; wordpiece and unigram cannot spell every text, so they have unk for causal as well."""
-        if self.objective == "masked":
-            return MASKED_TOKENS
+        if self.objective != "causal":
+            return MASKED_TOKENS if self.objective == "masked" else SPAN_TOKENS
         return CAUSAL_TOKENS if self.kind == "bpe" else {**CAUSAL_TOKENS, "unk": "<|unk|>"}
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Control tokens and extra ones, each once."""
-        return tuple(dict.fromkeys([*self.control_tokens.values(), *self.extra_special_tokens]))
+        """Control tokens, sentinels and extra ones, each once."""
+        return tuple(dict.fromkeys([*self.control_tokens.values(), *self.sentinels, *self.extra_special_tokens]))
+
+    @property
+    def sentinels(self) -> tuple[str, ...]:
+        """What stands in the place of spans."""
+        return SENTINELS if self.objective == "span" else ()
 
     @model_validator(mode="after")
     def _cross_check(self) -> TokenizerBuild:
@@ -70,7 +79,7 @@ class TokenizerBuild(Section):
                 raise ValueError(f"{option}: it is for kind wordpiece; remove it for {self.kind}")
         extra = self.extra_special_tokens
         for index, token in enumerate(extra):
-            if token in self.control_tokens.values() or token in extra[:index]:
+            if token in (*self.control_tokens.values(), *self.sentinels) or token in extra[:index]:
                 raise ValueError(f"extra_special_tokens.{index}: {token!r} is a control token already; remove it")
         taken = 256 + len(self.special_tokens)
         if self.kind == "bpe" and self.vocab_size <= taken:

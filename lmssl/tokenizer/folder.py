@@ -75,7 +75,9 @@ def readme(build: TokenizerBuild, backend: tokenizers.Tokenizer, sample: Sample)
     """The folder's README: what it is, what it was trained on, how well it compresses, how to rebuild it."""
     split = f", {build.split or 'gpt2'} split" if build.kind == "bpe" else ""
     corpora = ", ".join(corpus.name for corpus in build.mixture)
-    tokens = " ".join(f"`{text}`" for text in build.special_tokens)
+    tokens = " ".join(f"`{text}`" for text in build.special_tokens if text not in build.sentinels)
+    if build.sentinels:
+        tokens += f", and sentinels `{build.sentinels[0]}` to `{build.sentinels[-1]}`"
     size = backend.get_vocab_size(with_added_tokens=True)
     ratio = sample.num_probe_bytes / max(1, sample.num_probe_tokens)
     rebuild = f"lmssl tokenizer tokenizer/{build.name}/build.yaml"

@@ -38,7 +38,7 @@ class TokenOffsets:
         self._can_cut = can_cut(content)
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
-        self._bytes_of = _byte_level_tokens(content)
+        self._bytes_of = byte_level_tokens(content)
 
     def encode(self, text: str) -> TokenBytes:
         """The tokens of one document, without special tokens."""
@@ -68,6 +68,27 @@ class TokenOffsets:
         return TokenBytes(ids, bounds)
 
 
+def surface_bytes(tokenizer: Tokenizer) -> IntArray:
+    """Bytes of the text that each id stands for, shape [num_tokens]; 0 for control tokens.
+
+    Exact for byte-level tokenizers; of others the vocabulary's spelling is measured, without marks such as `##`.
+    """
+    content = json.loads(tokenizer.backend.to_str())
+    control = {token["id"] for token in content["added_tokens"] if token["special"]}
+    known = byte_level_tokens(content)
+    prefix = content["model"].get("continuing_subword_prefix") or ""
+    found = np.zeros(tokenizer.num_tokens, dtype=np.int64)
+    for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+        if i in control:
+            continue
+        if known is not None:
+            found[i] = len(known.get(i, b""))
+        else:
+            plain = token.removeprefix(prefix) if token != prefix else token
+            found[i] = len(plain.replace("\u2581", " ").encode())
+    return found
+
+
 def _exact_bounds(tokens: Sequence[bytes], raw: bytes) -> IntArray | None:
     """Bounds of byte-level tokens; None where a normaliser changed the text, so that they are not its bytes."""
     joined = b"".join(tokens)
@@ -85,7 +106,7 @@ def _byte_starts(text: str) -> IntArray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def _byte_level_tokens(content: dict[str, Any]) -> dict[int, bytes] | None:
+def byte_level_tokens(content: dict[str, Any]) -> dict[int, bytes] | None:
     """The bytes of each token of a byte-level tokenizer by id; None for any other."""
     stages = json.dumps([content.get("pre_tokenizer"), content.get("normalizer")])
     vocabulary = content["model"]["vocab"]

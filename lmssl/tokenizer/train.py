@@ -54,6 +54,11 @@ def train_tokenizer(build: TokenizerBuild, texts: Iterator[str]) -> tokenizers.T
             pair=f"{cls} $A {sep} $B:1 {sep}:1",
             special_tokens=[(text, backend.token_to_id(text)) for text in (cls, sep)],
         )
+    if build.objective == "span":
+        eos = tokens["eos"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, backend.token_to_id(eos))]
+        )
     return backend
 
 
@@ -70,9 +75,9 @@ def build_tokenizer(build: TokenizerBuild, texts: Iterator[str], out: Path) -> P
 
 
 def _added_tokens(build: TokenizerBuild) -> list[AddedToken]:
-    # Outside wordpiece a word carries the space before it, so [MASK] must swallow that space to stand for a word.
-    swallow = build.control_tokens.get("mask") if build.kind != "wordpiece" else None
-    return [AddedToken(text, special=True, normalized=False, lstrip=text == swallow) for text in build.special_tokens]
+    # Outside wordpiece a word carries the space before it, so what stands for a word must swallow that space.
+    swallow = (build.control_tokens.get("mask"), *build.sentinels) if build.kind != "wordpiece" else ()
+    return [AddedToken(text, special=True, normalized=False, lstrip=text in swallow) for text in build.special_tokens]
 
 
 def _train_bpe(build: TokenizerBuild, texts: Iterator[str], special: list[AddedToken]) -> tokenizers.Tokenizer:

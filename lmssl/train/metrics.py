@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lmssl.evaluate.loss import mean
 from lmssl.train.state import Interval
 from lmssl.train.step import Measured
 
@@ -25,22 +27,25 @@ def add_measured(interval: Interval, measured: Measured) -> bool:
     return finite
 
 
-def interval_metrics(interval: Interval, *, sequence_tokens: int, knows_bytes: bool) -> dict[str, Any]:
-    """Loss in nats per target, bits per byte and padding share of an interval.
+def interval_metrics(
+    interval: Interval, *, num_tokens: int, knows_bytes: bool, metrics: Collection[str] = ()
+) -> dict[str, Any]:
+    """Loss in nats per target, bits per byte and padding share of an interval; None where nothing was predicted.
 
     Args:
-        sequence_tokens: tokens of one batch, padding included.
+        metrics: sums that are no losses and stand under their own names, the objective's `metrics`.
+        num_tokens: of the interval's steps, padding included.
         knows_bytes: whether the bytes of text of all corpora are known; else there are no bits per byte.
     """
     row: dict[str, Any] = {}
     for index, (term, total) in enumerate(interval.sums.items()):
-        mean = total / max(1, interval.counts[term])
-        row["loss" if index == 0 else f"loss_{term}"] = mean
+        label = term if term in metrics else "loss" if index == 0 else f"loss_{term}"
+        row[label] = mean(total, interval.counts[term])
     first = next(iter(interval.sums.values()), math.nan)
-    known = knows_bytes and interval.num_bytes > 0
-    row["bits_per_byte"] = first / math.log(2) / interval.num_bytes if known else None
     row["num_targets"] = next(iter(interval.counts.values()), 0)
-    row["padding_ratio"] = interval.num_padding_tokens / max(1, interval.num_steps * sequence_tokens)
+    known = knows_bytes and row["num_targets"]
+    row["bits_per_byte"] = mean(first / math.log(2), interval.num_bytes) if known else None
+    row["padding_ratio"] = interval.num_padding_tokens / max(1, num_tokens)
     return row
 
 

@@ -48,7 +48,7 @@ def train(loaded: Loaded) -> Path:
     say = early.append  # until there is a console; later windows and loaders report through the same function
     session = open_session(recipe, lambda text: say(text))
     main = session.accelerator.is_main_process
-    total = recipe.steps * recipe.train.batch_tokens
+    total = recipe.batches.total_tokens
     session.accelerator.init_trackers(recipe.name, config=_tracked_config(recipe))
     with RunConsole(enabled=main, total_tokens=total, first_tokens=session.state.tokens_seen) as console:
         say = console.note
@@ -76,7 +76,7 @@ def _tracked_config(recipe: Recipe) -> dict[str, Any] | None:
 
 def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: StopFlag) -> None:
     """Steps from the state's to the recipe's last; log, evaluate and save in this order after each."""
-    recipe, state = session.recipe, session.state
+    recipe, state, plan = session.recipe, session.state, session.recipe.batches
     if state.step == 0 and recipe.steps:
         _evaluate(session, console, log)
     clock = Clock(state.tokens_seen)
@@ -86,15 +86,15 @@ def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: S
         while state.step < recipe.steps:
             with clock.waiting():
                 micro_batches = next(batches)
-            lr = recipe.optim.lr * lr_ratio(
-                recipe.schedule, tokens_seen=state.tokens_seen, total_tokens=recipe.train.tokens
-            )
+            session.begin_step(micro_batches[0])
+            lr = _learning_rate(recipe, state.tokens_seen)
             measured = train_step(
                 session.module,
                 session.optimizer,
                 session.objective,
                 micro_batches,
                 session.accelerator,
+                average=session.average,
                 lr=lr,
                 max_grad_norm=recipe.optim.max_grad_norm,
                 seed=recipe.seed,
@@ -103,8 +103,8 @@ def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: S
             )
             pending.append(measured)
             state.step += 1
-            state.tokens_seen += recipe.train.batch_tokens
-            state.cursor = kept_position(state.step * recipe.batch_sequences, recipe.data.skip)
+            state.tokens_seen = plan.tokens_before(state.step)
+            state.cursor = kept_position(plan.first_position(state.step), recipe.data.skip)
             last = state.step == recipe.steps
             log_due = last or _due(state.step, recipe.train.log_every_steps)
             evaluate_due = last or _due(state.step, recipe.evaluate.every_steps)
@@ -136,6 +136,10 @@ def _loop(session: Session, console: RunConsole, log: MetricsLog | None, stop: S
         session.list_set_aside()
 
 
+def _learning_rate(recipe: Recipe, tokens_seen: int) -> float:
+    return recipe.optim.lr * lr_ratio(recipe.schedule, tokens_seen=tokens_seen, total_tokens=recipe.train.tokens)
+
+
 def _due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
@@ -157,7 +161,7 @@ def _read(session: Session, pending: list[Measured], *, keep: int) -> bool:
         if finite:
             continue
         state.skipped_steps += 1
-        ends = (step - 1) * recipe.batch_sequences, step * recipe.batch_sequences - 1
+        ends = recipe.batches.first_position(step - 1), recipe.batches.first_position(step) - 1
         first, last = (kept_position(k, recipe.data.skip) for k in ends)
         positions = f"positions {first} to {last}"
         session.report(f"step {step} skipped: its loss or gradient is not finite; {positions}")
@@ -177,12 +181,17 @@ def _log(
     recipe, state = session.recipe, session.state
     row: dict[str, Any] = {"kind": "train", "step": state.step, "tokens": state.tokens_seen}
     knows_bytes = all(corpus.kind != "tokens" for corpus in recipe.data.mixture)
-    row |= interval_metrics(state.interval, sequence_tokens=recipe.train.batch_tokens, knows_bytes=knows_bytes)
+    row |= interval_metrics(
+        state.interval,
+        num_tokens=state.tokens_seen - recipe.batches.tokens_before(state.step - state.interval.num_steps),
+        knows_bytes=knows_bytes,
+        metrics=getattr(session.objective, "metrics", ()),
+    )
     row |= {"lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
     row |= {"skipped_steps": state.skipped_steps, "next_position": state.cursor, "time": clock.read(state.tokens_seen)}
     state.interval = Interval()
     rate = row["time"]["tokens_per_second"]
-    left = recipe.steps * recipe.train.batch_tokens - state.tokens_seen
+    left = recipe.batches.total_tokens - state.tokens_seen
     console.advance(row, left / rate if rate else None)
     if log is not None:
         row["epochs"] = session.stream.epochs_at(state.cursor)
@@ -203,7 +212,8 @@ def _evaluate(session: Session, console: RunConsole, log: MetricsLog | None) -> 
         state.evaluation["sets"] = row["sets"]
     row["time"] = {"seconds": time.monotonic() - started}
     bits = "" if row["bits_per_byte"] is None else f"  bits/byte {row['bits_per_byte']:.3f}"
-    console.note(f"validation at step {state.step}: loss {row['loss']:.4f}{bits}  ({row['num_targets']:,} targets)")
+    loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+    console.note(f"validation at step {state.step}: loss {loss}{bits}  ({row['num_targets']:,} targets)")
     if log is not None:
         log.write(row)
     _track(session, {f"validation_{k}": v for k, v in row.items()} | {"step": state.step})
@@ -212,7 +222,10 @@ def _evaluate(session: Session, console: RunConsole, log: MetricsLog | None) -> 
 def _evaluation_row(results: dict[str, LossResult], sets: Collection[str]) -> dict[str, Any]:
     whole = results[""]
     row: dict[str, Any] = {"loss": whole.loss, "bits_per_byte": whole.bits_per_byte, "num_targets": whole.num_targets}
-    by_name = {name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte} for name, r in results.items() if name}
+    row |= whole.further
+    by_name = {
+        name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte, **r.further} for name, r in results.items() if name
+    }
     row["corpora"] = {name: numbers for name, numbers in by_name.items() if name not in sets}
     if sets:
         row["sets"] = {name: numbers for name, numbers in by_name.items() if name in sets}
@@ -236,10 +249,11 @@ def opening_lines(session: Session) -> list[str]:
     num_parameters = sum(p.numel() for p in session.core.parameters())
     name = type(session.core.model).__name__
     processes = f" x {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
+    sizes = [f"{recipe.batches.num_tokens(step):,}" for step in (0, max(0, recipe.steps - 1))]
     where = f"{accelerator.device.type}{processes}, {recipe.train.precision}, compile {session.compiled}"
     return [
         f"{recipe.name}: {name}, {num_parameters:,} parameters on {where}",
-        f"{recipe.steps:,} steps of {recipe.train.batch_tokens:,} tokens; run folder {session.run}",
+        f"{recipe.steps:,} steps of {' to '.join(dict.fromkeys(sizes))} tokens; run folder {session.run}",
     ]
 
 

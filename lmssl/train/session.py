@@ -8,13 +8,14 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lmssl import checkpoint
@@ -25,10 +26,12 @@ from lmssl.data.stream import SequenceStream
 from lmssl.data.validation import ValidationSplit
 from lmssl.errors import CheckpointError, LmsslError
 from lmssl.evaluate.loss import LossResult, evaluate_loss
-from lmssl.model.build import build_config, build_model
+from lmssl.model.build import build_config, build_recipe_model
+from lmssl.model.rope import rope_theta, set_rope_theta
 from lmssl.objective.base import MicroBatch, Objective, SumObjective
 from lmssl.objective.build import build_objective
 from lmssl.objective.module import LossModule
+from lmssl.optim.ema import WeightAverage
 from lmssl.optim.groups import build_optimizer
 from lmssl.recipe.load import difference, load_recipe, resolved_yaml
 from lmssl.recipe.sections import Recipe
@@ -43,6 +46,7 @@ from lmssl.train.launch import (
     open_accelerator,
     set_determinism,
 )
+from lmssl.train.proof import compiled_difference, has_dropout
 from lmssl.train.set_aside import SetAside
 from lmssl.train.state import TrainState
 
@@ -72,16 +76,19 @@ class Session:
     module: nn.Module
     """The prepared module: what the step calls."""
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
     state: TrainState
     compiled: str
     report: Report
     set_aside: SetAside
+    proven_shapes: set[tuple[torch.Size, ...]] = field(default_factory=set)
+    """Of inputs on which the compiled step was compared with the plain one."""
 
     def batches(self) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches, step by step, from the cursor to the end of the run."""
         return training_batches(
             self.stream,
-            batch_sequences=self.recipe.batch_sequences,
+            plan=self.recipe.batches,
             micro_batch_sequences=self.recipe.train.micro_batch_sequences,
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
@@ -90,6 +97,41 @@ class Session:
             prepare=self.objective.prepare,
             workers=self.recipe.data.workers,
         )
+
+    def begin_step(self, micro: MicroBatch) -> None:
+        """What comes before an update: its stage's settings, and for new shapes a proof of the compiled step."""
+        self.follow_stage()
+        self.prove_compiled(micro)
+
+    def follow_stage(self) -> None:
+        """Give the model the rotary base of the next step's stage, and say what the stage changes."""
+        step, plan = self.state.step, self.recipe.batches
+        theta = self.recipe.rope_theta(step)
+        if theta is not None and theta != rope_theta(self.core.model):
+            set_rope_theta(self.core.model, theta)
+            self.report(f"from step {step + 1} on, the base of rotary positions is {theta:g}")
+        if step and plan.sequence_length(step) != plan.sequence_length(step - 1):
+            self.report(f"from step {step + 1} on, sequences have {plan.sequence_length(step)} tokens")
+
+    def prove_compiled(self, micro: MicroBatch) -> None:
+        """Where the compiled step on CPU differs from the plain one on a micro-batch, say so and go on without it.
+
+        Shapes that were compared before are not compared again.
+        """
+        shapes = tuple(tensor.shape for tensor in micro.inputs.values())
+        if self.compiled == "off" or self.accelerator.device.type != "cpu" or shapes in self.proven_shapes:
+            return
+        self.proven_shapes.add(shapes)
+        if not isinstance(self.objective, SumObjective) or has_dropout(self.core.model):
+            return
+        difference = compiled_difference(self.core, micro.inputs, self.objective.weights)
+        if difference is not None:
+            torch.compiler.set_stance("force_eager")
+            self.compiled = "off"
+            self.report(
+                f"the compiled step is wrong, it has {difference}: going on without compilation; another compiler may "
+                "be right, such as CXX=clang++"
+            )
 
     def evaluate(self) -> dict[str, LossResult] | None:
         """Loss on the held-out split and on validation sets, or None where there is none."""
@@ -106,7 +148,7 @@ class Session:
             micro_batch_sequences=self.recipe.train.micro_batch_sequences,
             world_size=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
-            prepare=self.objective.prepare,
+            prepare=partial(self.objective.prepare, evaluation=True),
         )
 
     def save(self) -> None:
@@ -116,10 +158,7 @@ class Session:
             checkpoint.save(
                 self.run,
                 self.state.step,
-                tensors={
-                    "model.safetensors": checkpoint.named_weights(self.core.model),
-                    "optim.safetensors": checkpoint.named_optimizer_state(self.core.model, self.optimizer),
-                },
+                tensors=self._tensors(),
                 texts={
                     "state.json": self.state.to_json(),
                     "ledger.jsonl": self.stream.ledger_at(self.state.cursor).text(),
@@ -129,6 +168,17 @@ class Session:
             )
             checkpoint.prune(self.run, self.recipe.checkpoint.keep_last)
         self.accelerator.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of the model, by file."""
+        model = self.core.model
+        found = {
+            "model.safetensors": checkpoint.named_weights(model),
+            "optim.safetensors": checkpoint.named_optimizer_state(model, self.optimizer),
+        }
+        if self.average is not None:
+            found[checkpoint.AVERAGES] = {name: tensor.cpu() for name, tensor in self.average.averages.items()}
+        return found
 
     def list_set_aside(self) -> None:
         """Bring the lists of what was left out up to the cursor, from the main process; training never fails on it."""
@@ -153,22 +203,25 @@ def open_session(recipe: Recipe, report: Report) -> Session:
     config = build_config(
         recipe.model,
         vocab_size=recipe.vocab_size(tokenizer.num_tokens),
-        sequence_length=recipe.data.sequence_length,
+        sequence_length=recipe.data.longest_sequence,
         tokenizer=tokenizer,
+        objective=recipe.objective.kind,
     )
+    # Before the text is opened, which may mean tokenizing some of it.
+    objective = build_objective(recipe, tokenizer, num_positions=recipe.batches.num_positions)
     found = checkpoint.find_latest(run, report)
     state = TrainState() if found is None else TrainState.from_json(found.text("state.json"))
     _apply_skip(state, recipe, found, report)
     stream = _open_stream(recipe, tokenizer, found, state, report)
-    objective = build_objective(recipe)
     # The model exists before any backend does: a plugin that shards at construction would change its first weights.
-    core = LossModule(build_model(config, seed=recipe.seed), objective, bf16=recipe.train.precision == "bf16")
+    model = build_recipe_model(recipe, config)
+    core = LossModule(model, objective, bf16=recipe.train.precision == "bf16")
     accelerator = open_accelerator(recipe, run)
     set_determinism(recipe, accelerator.device)
     if found is not None:
         checkpoint.load_weights(core.model, found.tensors("model.safetensors"), where=str(found.path))
     num_parameters = sum(p.numel() for p in core.parameters())
-    left = recipe.steps * recipe.train.batch_tokens - state.tokens_seen
+    left = recipe.batches.total_tokens - state.tokens_seen
     compiled = choose_compile(recipe, accelerator.device, num_parameters=num_parameters, tokens_left=left)
     core.to(accelerator.device)
     compile_module(core, compiled)
@@ -177,12 +230,24 @@ def open_session(recipe: Recipe, report: Report) -> Session:
         checkpoint.load_optimizer_state(core.model, optimizer, found.tensors("optim.safetensors"))
         report(f"continuing {run} from step {found.step}")
     module = accelerator.prepare_model(core)
+    average = _open_average(core, recipe, found)
     session = Session(
-        *(recipe, run, accelerator, config, stream, objective, core, module, optimizer, state, compiled, report),
+        *(recipe, run, accelerator, config, stream, objective, core, module, optimizer, average, state, compiled),
+        report,
         set_aside=SetAside(run, stream, _read_positions(state, recipe)),
     )
     _open_run_folder(session, tokenizer)
     return session
+
+
+def _open_average(core: LossModule, recipe: Recipe, found: checkpoint.Checkpoint | None) -> WeightAverage | None:
+    """The average of the weights as they are now, or as the checkpoint has it; None: the recipe wants none."""
+    if recipe.train.ema_decay is None:
+        return None
+    average = WeightAverage(core.model, recipe.train.ema_decay)
+    if found is not None:
+        average.load(found.tensors(checkpoint.AVERAGES))
+    return average
 
 
 def _apply_skip(state: TrainState, recipe: Recipe, found: checkpoint.Checkpoint | None, report: Report) -> None:
@@ -198,7 +263,7 @@ def _apply_skip(state: TrainState, recipe: Recipe, found: checkpoint.Checkpoint 
             "checkpoint by moving newer ones out of the run's folder checkpoints",
         )
     state.skip = skip
-    state.cursor = kept_position(state.step * recipe.batch_sequences, skip)
+    state.cursor = kept_position(recipe.batches.first_position(state.step), skip)
     ahead = [(max(start, read), end) for start, end in skip if end > read]
     if ahead:
         count = sum(end - start for start, end in ahead)
@@ -208,7 +273,7 @@ def _apply_skip(state: TrainState, recipe: Recipe, found: checkpoint.Checkpoint 
 
 def _read_positions(state: TrainState, recipe: Recipe) -> int:
     """Where the last read position ends; a range skipped right after it has not been passed yet."""
-    taken = state.step * recipe.batch_sequences
+    taken = recipe.batches.first_position(state.step)
     return kept_position(taken - 1, state.skip) + 1 if taken else 0
 
 
@@ -224,8 +289,7 @@ def _open_stream(
         cache_dir=Path(recipe.data.cache).expanduser(),
         ledger=ledger,
         report=report,
-        num_positions=recipe.steps * recipe.batch_sequences,
-        batch_sequences=recipe.batch_sequences,
+        batches=recipe.batches,
         read_positions=read_positions,
     )
     stream.require_batch(recipe.batch_sequences)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lmssl.objective.base import EmbeddingObjective, MicroBatch, Objective, SumObjective
+from lmssl.optim.ema import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Measured:
     """What a step measured; tensors stay on the device until the log reads them."""
 
     sums: dict[str, Tensor]
-    """Summed loss of each term over the whole batch, float32."""
+    """Summed loss of each term, and sum of each metric, over the whole batch, float32."""
     counts: dict[str, Tensor]
-    """Targets of each term over the whole batch, int64."""
+    """Targets of each term and metric over the whole batch, int64."""
     grad_norm: Tensor
     """Global gradient norm before clipping."""
     finite: Tensor
@@ -45,6 +46,7 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     accelerator: Accelerator,
     *,
+    average: WeightAverage | None = None,
     lr: float,
     max_grad_norm: float | None,
     seed: int,
@@ -55,6 +57,7 @@ def train_step(
 
     Args:
         module: the prepared `LossModule`.
+        average: of its weights, which follows the update; None: there is none.
         lr: learning rate of this step.
         seed, step: key the random state of every forward (dropout), so that none has to be saved.
         stop_requested: whether this rank received a signal; summed over ranks with the counts.
@@ -63,12 +66,14 @@ def train_step(
     if isinstance(objective, EmbeddingObjective):
         sums, counts = _embedding_backward(module, objective, micro_batches, accelerator, seed, step)
     else:
-        counts = {term: totals[index] for index, term in enumerate(objective.weights)}
+        counts = dict(zip(micro_batches[0].counts, totals, strict=False))
         sums = _sum_backward(module, objective, counts, micro_batches, accelerator, seed, step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     finite = torch.isfinite(torch.stack([*(s.float() for s in sums.values()), grad_norm.float()])).all().float()
     _update(optimizer, lr, finite)
+    if average is not None:
+        average.update(finite, step=step)
     num_bytes, num_padding, stop = totals[-3].double(), totals[-2], totals[-1]
     return Measured(sums, counts, grad_norm, finite, num_bytes, num_padding, stop)
 
@@ -93,8 +98,9 @@ def _sum_backward(
     seed: int,
     step: int,
 ) -> dict[str, Tensor]:
-    """Gradients of `sum_k weight_k * sum_k / count_k` with global counts; returns the global sums."""
-    totals = {term: torch.zeros((), device=accelerator.device) for term in objective.weights}
+    """Gradients of `sum_k weight_k * sum_k / count_k` with global counts; returns the global sums, metrics included."""
+    names = (*objective.weights, *objective.metrics)
+    totals = {name: torch.zeros((), device=accelerator.device) for name in names}
     for index, micro in enumerate(micro_batches):
         _seed_forward(seed, step, index, accelerator.process_index)
         inputs = _moved(micro, accelerator.device)
@@ -104,7 +110,7 @@ def _sum_backward(
             parts = [weight * sums[term] / counts[term].clamp(min=1) for term, weight in objective.weights.items()]
             # DDP averages gradients over ranks; ours are parts of one global mean, so they must add up.
             accelerator.backward(torch.stack(parts).sum() * accelerator.num_processes)
-        totals = {term: totals[term] + sums[term].detach() for term in totals}
+        totals = {name: totals[name] + sums[name].detach() for name in names}
     stacked: Tensor = accelerator.reduce(torch.stack(list(totals.values())), "sum")
     return dict(zip(totals, stacked.unbind(), strict=True))
 

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lmssl.data.ledger import Ledger
 from lmssl.data.stream import SequenceStream
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.data import DataSection, JsonlCorpus
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -57,6 +58,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     backend.train_from_iterator([" ".join(WORDS)] * 20, trainer)
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    config |= {"cls_token": "<bos>", "sep_token": "<eos>"}  # two names of the same tokens, as RoBERTa's have
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return load_tokenizer(folder)
 
@@ -95,13 +97,15 @@ def open_stream(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., SequenceS
         cache: str = "cache",
         ledger: Ledger | None = None,
         report: Any = None,
-        num_positions: int | None = None,
+        batches: BatchPlan | None = None,
         read_positions: int | None = None,
+        seps_per_segment: int = 1,
         **fields: Any,
     ) -> SequenceStream:
         small = {"sequence_length": 64, "chunk_bytes": 4096, "window_chunks": 4, "block_sequences": 16}
         section = DataSection(mixture=corpora, **{"validation": {"ratio": 0.1, "tokens": 2000}, **small, **fields})
-        run = {"num_positions": num_positions, "read_positions": read_positions}
+        run = {"batches": batches, "read_positions": read_positions}
+        run["seps_per_segment"] = seps_per_segment
         return SequenceStream.open(section, tokenizer, seed, tmp_path / cache, ledger, report, **run)
 
     return build

@@ -16,10 +16,11 @@ import torch
 
 from lmssl.data.batch import SequenceBatch, num_micro_batches, training_batches, validation_batches
 from lmssl.data.cache import Cancelled
-from lmssl.data.order import permutation
+from lmssl.data.order import kept_position, permutation
 from lmssl.data.stream import SequenceStream
 from lmssl.data.units import list_units
 from lmssl.errors import DataError
+from lmssl.recipe.batches import BatchPlan, Ramp, plan_batches
 from lmssl.recipe.data import JsonlCorpus
 
 Open = Callable[..., SequenceStream]
@@ -50,7 +51,7 @@ def dies(batch: SequenceBatch) -> SequenceBatch:
 
 def batches(stream: SequenceStream, prepare: Any = as_is, **settings: Any) -> Iterator[list[Any]]:
     defaults: dict[str, Any] = {
-        "batch_sequences": BATCH,
+        "plan": BatchPlan.even(BATCH),
         "micro_batch_sequences": 4,
         "world_size": 1,
         "rank": 0,
@@ -108,6 +109,30 @@ def test_positions_hold_the_same_tokens_for_every_layout(
         found |= mine
     assert sorted(found) == list(range(BATCH * STEPS))
     assert all(found[p][0] == stream.sequence(p).ids_T.tobytes() for p in found)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_growing_batches_read_the_positions_in_order(open_stream: Open, jsonl: Any, world_size: int) -> None:
+    """From 3 to 12 sequences; also from the middle of the growth on, as a run that continues does."""
+    corpora, skip = (jsonl("a", weight=0.7), jsonl("b", seed=1, weight=0.3)), [(5, 9), (40, 41)]
+    plan = plan_batches(100 * 64, Ramp(3 * 64, 12 * 64, 50 * 64), ((0, 64),))
+    stream, whole = open_stream(*corpora, skip=skip), open_stream(*corpora)
+    sizes = [plan.num_sequences(step) for step in range(plan.num_steps)]
+    assert sizes[0] == 3 and sizes[-1] == 12 and len(set(sizes)) == 4
+    layout = {"world_size": world_size, "plan": plan, "micro_batch_sequences": 3, "num_steps": plan.num_steps}
+    found: dict[int, tuple[bytes, ...]] = {}
+    for rank in range(world_size):
+        steps = list(batches(stream, rank=rank, **layout))
+        assert [len(step) for step in steps] == [num_micro_batches(size, 3, world_size) for size in sizes]
+        for number, step in enumerate(steps):
+            begin = plan.first_position(number)
+            wanted = {kept_position(k, skip) for k in range(begin, begin + sizes[number])}
+            assert set(rows([step])) <= wanted
+        middle = {**layout, "start_step": 5, "num_steps": plan.num_steps - 5}
+        assert rows(list(batches(stream, rank=rank, workers=rank % 2, **middle))) == rows(steps[5:])
+        found |= rows(steps)
+    assert sorted(found) == [kept_position(k, skip) for k in range(plan.num_positions)]
+    assert all(ids == whole.sequence(position).ids_T.tobytes() for position, (ids, *_) in found.items())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -220,7 +245,7 @@ def test_building_ahead_says_why_it_stopped(open_stream: Open, jsonl: Any) -> No
     lines: list[str] = []
     corpus = with_a_bad_record(jsonl(count=1200), 1)
     stream = open_stream(corpus, validation=None, max_bad_records=0, report=lines.append)
-    running = batches(stream, batch_sequences=1, num_steps=100)
+    running = batches(stream, plan=BatchPlan.even(1), num_steps=100)
     next(running)
     wait_for(lambda: bool(lines))
     assert lines[0].startswith("building ahead stopped: corpus 'tales' has more than 0 unreadable records")
@@ -228,7 +253,7 @@ def test_building_ahead_says_why_it_stopped(open_stream: Open, jsonl: Any) -> No
 
 
 def test_windows_are_built_ahead(stream: SequenceStream) -> None:
-    running = batches(stream, batch_sequences=1, num_steps=100)
+    running = batches(stream, plan=BatchPlan.even(1), num_steps=100)
     next(running)
     wait_for(lambda: all(len(stream.ledger.entries(corpus)) >= 2 for corpus in "ab"))
     running.close()  # type: ignore[attr-defined]
@@ -262,6 +287,7 @@ import sys, time
 from pathlib import Path
 from lmssl.data.batch import training_batches
 from lmssl.data.stream import SequenceStream
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.data import DataSection, JsonlCorpus
 from lmssl.tokenizer.load import load_tokenizer
 
@@ -272,7 +298,7 @@ if __name__ == "__main__":
     tokenizer, corpus, cache = sys.argv[1:]
     section = DataSection(sequence_length=64, mixture=(JsonlCorpus(name="a", kind="jsonl", path=corpus),))
     stream = SequenceStream.open(section, load_tokenizer(tokenizer), 1, Path(cache))
-    for step in training_batches(stream, batch_sequences=4, micro_batch_sequences=4, world_size=1, rank=0,
+    for step in training_batches(stream, plan=BatchPlan.even(4), micro_batch_sequences=4, world_size=1, rank=0,
                                  start_step=0, num_steps=10**9, prepare=sizes, workers=1):
         print("step", flush=True)
         time.sleep(0.01)

@@ -20,6 +20,7 @@ from lmssl.data.order import kept_position
 from lmssl.data.stream import SequenceStream
 from lmssl.data.window import Row
 from lmssl.objective.causal import CausalObjective
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.data import JsonlCorpus
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -128,7 +129,7 @@ def content(*arrays: Any) -> Content:
 def rank_batches(stream: SequenceStream, read: Read, rank: int, prepare: Any = as_is) -> Iterator[list[Any]]:
     return training_batches(
         stream,
-        batch_sequences=read.batch,
+        plan=BatchPlan.even(read.batch),
         micro_batch_sequences=read.micro,
         world_size=read.world_size,
         rank=rank,

@@ -22,6 +22,7 @@ from tokenizers import models, pre_tokenizers
 from lmssl.data.batch import SequenceBatch, training_batches
 from lmssl.data.stream import SequenceStream
 from lmssl.data.trace import Tracer
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.data import DataSection, JsonlCorpus
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -94,7 +95,7 @@ def epochs(stream: SequenceStream, num_epochs: int, world_size: int) -> Segments
         stop = next(at)
         past.add(stream.address(stop).corpus)
     found, read = defaultdict(list), set()  # type: Segments, set[int]
-    layout = {"batch_sequences": BATCH, "micro_batch_sequences": 2, "world_size": world_size, "start_step": 0}
+    layout = {"plan": BatchPlan.even(BATCH), "micro_batch_sequences": 2, "world_size": world_size, "start_step": 0}
     for rank in range(world_size):
         steps = training_batches(stream, **layout, rank=rank, num_steps=-(-stop // BATCH), prepare=as_is, workers=0)
         for batch in (batch for step in steps for batch in step):

@@ -9,8 +9,8 @@ import pytest
 from lmssl.data.cache import ChunkCache
 from lmssl.data.corpus import list_units
 from lmssl.data.epochs import Epochs
+from lmssl.data.layout import Layout
 from lmssl.data.ledger import Ledger, LedgerEntry
-from lmssl.data.window import Layout
 from lmssl.tokenizer.load import Tokenizer
 
 LAYOUT = Layout(64, "best_fit", bos_id=None, eos_id=1, pad_id=2, seed=1, held_out_ratio=0.1)

@@ -15,6 +15,7 @@ from lmssl.data.ledger import Ledger
 from lmssl.data.stream import SequenceStream
 from lmssl.data.window import OpenWindows, Window
 from lmssl.errors import DataError
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.data import FiltersSection, JsonlCorpus
 from lmssl.tokenizer.load import Tokenizer
 
@@ -215,7 +216,7 @@ def test_filters_hold_in_the_loader(open_stream: Open, repeated: JsonlCorpus, wo
     stream = open_stream(repeated, window_chunks=2, filters={"drop_duplicates": True, "min_tokens": 20})
     batches = training_batches(
         stream,
-        batch_sequences=40,
+        plan=BatchPlan.even(40),
         micro_batch_sequences=8,
         world_size=1,
         rank=0,

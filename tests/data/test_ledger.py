@@ -72,3 +72,23 @@ def test_what_is_not_a_ledger(tmp_path: Path, text: str) -> None:
 def test_a_missing_ledger(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         Ledger.load(tmp_path / "ledger.jsonl")
+
+
+def test_what_is_read_of_a_window_follows_from_the_stages(ledger: Ledger, tmp_path: Path) -> None:
+    """Another length cuts the window of 5 sequences after 2 of them; where a window ends anyway, none is cut."""
+    for window, count in enumerate((2, 6), 3):
+        ledger.append(entry("a", window, count))
+    whole = [range(3), range(3, 3), range(3, 8), range(8, 10), range(10, 16)]
+    assert [ledger.read("a", number) for number in range(5)] == whole
+    later = [Stage(7, ("a", "b"), (2, 1), 8, (5, 2), 16), Stage(10, ("a", "b"), (2, 1), 8, (7, 3), None)]
+    ledger.stages = (STAGE, *later)
+    cut = [range(3), range(3, 3), range(3, 5), range(5, 7), range(7, 13)]
+    assert [ledger.read("a", number) for number in range(5)] == cut
+    assert [ledger.is_cut("a", number) for number in range(5)] == [False, False, True, False, False]
+    assert [ledger.sequence_length("a", k) for k in (0, 4, 5, 6, 7, 99)] == [None, None, 16, 16, None, None]
+    assert [ledger.find("a", k) for k in (4, 5, 6, 7)] == [(2, 1), (3, 0), (3, 1), (4, 0)]
+    assert ledger.read("b", 0) == range(2)
+    ledger.save(tmp_path / "ledger.jsonl")
+    assert [Ledger.load(tmp_path / "ledger.jsonl").read("a", number) for number in range(5)] == cut
+    ledger.stages = (STAGE,)
+    assert [ledger.read("a", number) for number in range(5)] == whole

@@ -15,6 +15,7 @@ from lmssl.data.order import Order
 from lmssl.data.stages import begun_stages, limited_shares, plan_stages, tempered_weights
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import DataError
+from lmssl.recipe.batches import BatchPlan
 from lmssl.recipe.data import DataSection
 
 Open = Callable[..., SequenceStream]
@@ -144,25 +145,27 @@ def test_limited_shares(data: st.DataObject) -> None:
 
 def test_a_corpus_is_read_at_most_so_often(open_stream: Open, jsonl: Any) -> None:
     small, big = jsonl("small", count=120, weight=0.5, max_epochs=2), jsonl("big", count=900, seed=1, weight=0.5)
-    stream = open_stream(small, big, num_positions=400)
+    stream = open_stream(small, big, batches=BatchPlan.even(1, num_steps=400))
     exact = stream.num_sequences_per_epoch()["small"]
     assert stream.order.counts_before(400)["small"] == pytest.approx(2 * exact, rel=0.3)
     assert stream.epochs_at(400)["small"] == pytest.approx(2, rel=0.3)
     assert open_stream(small, big).order.counts_before(400)["small"] == 200  # without a length no limit applies
-    unlimited = open_stream(jsonl("small", count=120, weight=0.5), big, num_positions=400)
+    unlimited = open_stream(jsonl("small", count=120, weight=0.5), big, batches=BatchPlan.even(1, num_steps=400))
     assert unlimited.order.counts_before(400)["small"] == 200
 
 
 def test_a_limit_that_one_window_decides_is_exact(open_stream: Open, jsonl: Any) -> None:
     tiny, big = jsonl("tiny", count=40, weight=0.9, max_epochs=1.5), jsonl("big", count=900, seed=1, weight=0.1)
-    stream = open_stream(tiny, big, num_positions=320, chunk_bytes=1 << 20)
+    stream = open_stream(tiny, big, batches=BatchPlan.even(1, num_steps=320), chunk_bytes=1 << 20)
     exact = stream.num_sequences_per_epoch()["tiny"]
     assert stream.order.counts_before(320)["tiny"] == pytest.approx(1.5 * exact, abs=1)
 
 
 def test_later_stages_get_what_earlier_ones_left() -> None:
     recipe = section({"a": {"max_epochs": 1}, "b": {}}, stages=[stage(160, a=1, b=1)])
-    order = Order(plan_stages(recipe, [1, 1], seed=1, num_positions=320, num_sequences=lambda _: 100), 1)
+    order = Order(
+        plan_stages(recipe, [1, 1], seed=1, batches=BatchPlan.even(1, num_steps=320), num_sequences=lambda _: 100), 1
+    )
     assert order.counts_before(160) == {"a": 80, "b": 80}
     assert order.counts_before(320) == {"a": 100, "b": 220}
 
@@ -172,7 +175,11 @@ def test_too_little_text_for_the_limits_names_the_longest_run() -> None:
 
     def plan(num_positions: int) -> Any:
         return plan_stages(
-            recipe, [1, 1], seed=1, num_positions=num_positions, batch_sequences=16, num_sequences=lambda _: 33
+            recipe,
+            [1, 1],
+            seed=1,
+            batches=BatchPlan.even(16, sequence_length=LENGTH, num_steps=num_positions // 16),
+            num_sequences=lambda _: 33,
         )
 
     with pytest.raises(DataError, match=f"last for {99 * LENGTH} tokens only") as caught:
@@ -191,7 +198,9 @@ def test_a_limit_needs_a_size(open_stream: Open, jsonl: Any, monkeypatch: pytest
         module, "list_units", lambda *args, **keys: tuple(replace(unit, num_bytes=0) for unit in units(*args, **keys))
     )
     with pytest.raises(DataError, match="size is not known in advance") as caught:
-        open_stream(jsonl("a", weight=1, max_epochs=1), jsonl("b", seed=1, weight=1), num_positions=50)
+        open_stream(
+            jsonl("a", weight=1, max_epochs=1), jsonl("b", seed=1, weight=1), batches=BatchPlan.even(1, num_steps=50)
+        )
     assert "max_epochs: null" in str(caught.value)
 
 

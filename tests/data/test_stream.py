@@ -227,6 +227,9 @@ def test_a_touched_file_is_not_a_changed_one(open_stream: Open, jsonl: Any) -> N
         ({"seed": 8}, "data.seed"),
         ({"window_chunks": 5}, "data.window_chunks"),
         ({"validation": None}, "data.validation.ratio"),
+        ({"cls": True}, "data.cls"),
+        ({"sep": True}, "data.sep"),
+        ({"seps_per_segment": 2}, "how many sep tokens the objective puts into a segment"),
     ],
 )
 def test_a_changed_setting_under_a_ledger(open_stream: Open, jsonl: Any, change: dict[str, Any], name: str) -> None:

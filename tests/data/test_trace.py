@@ -35,7 +35,7 @@ def check_tiling(stream: SequenceStream, tokenizer: Tokenizer, records: Records)
     """Every segment holds the bytes it claims, and the segments of a record are all of it, once."""
     traced = list(Tracer(stream, tokenizer).sequences(epoch_of(stream)))
     spans = defaultdict(list)
-    special = {stream.layout.bos_id, stream.layout.eos_id}
+    special = {getattr(stream.layout, f"{role}_id") for role in ("bos", "eos", "cls", "sep")}
     for sequence in traced:
         row = stream.sequence(sequence.position)
         assert sequence.ids == row.ids_T.tolist() and len(sequence.ids) == stream.layout.sequence_length
@@ -82,6 +82,28 @@ def test_jsonl(
         validation=None,
     )
     check_tiling(stream, tokenizer, {(str(path), i): text for i, text in enumerate(documents)})
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
+@pytest.mark.parametrize(("wanted", "seps"), [({"cls", "sep"}, 1), ({"cls", "sep"}, 2), ({"cls"}, 1), ({"sep"}, 1)])
+def test_special_tokens_around_segments_stand_for_no_bytes(
+    open_stream: Open, tmp_path: Path, texts: Any, tokenizer: Tokenizer, packing: str, wanted: set[str], seps: int
+) -> None:
+    documents = strange_texts(texts, 80)
+    path = tmp_path / "a.jsonl"
+    write_lines(path, [json.dumps({"text": text}) for text in documents])
+    corpus = JsonlCorpus(name="a", kind="jsonl", path=str(path))
+    small = {"sequence_length": 16, "packing": packing, "eos": False, "validation": None}
+    stream = open_stream(corpus, **small, **dict.fromkeys(wanted, True), seps_per_segment=seps)
+    traced = check_tiling(stream, tokenizer, {(str(path), i): text for i, text in enumerate(documents)})
+    first, last = int("cls" in wanted), seps * ("sep" in wanted)
+    for sequence in traced:
+        for segment in sequence.segments:
+            ids = sequence.ids[segment.start : segment.start + segment.length]
+            assert ids[:first] == [tokenizer.cls_id] * first and ids[len(ids) - last :] == [tokenizer.sep_id] * last
+            assert segment.byte_start is not None and segment.byte_end is not None
+            assert segment.byte_start < segment.byte_end or len(ids) - first - last < 4  # inside of a character
+    assert max(segment.byte_start or 0 for sequence in traced for segment in sequence.segments) > 100  # some are cut
 
 
 def test_records_behind_a_byte_cut_count_from_the_start_of_the_file(

@@ -7,7 +7,8 @@ import pytest
 
 from lmssl.data.cache import ChunkCache
 from lmssl.data.corpus import list_units
-from lmssl.data.window import Layout, OpenWindows, Window, WindowPlan, gather_rows
+from lmssl.data.layout import Layout
+from lmssl.data.window import OpenWindows, Window, WindowPlan, gather_rows
 from lmssl.errors import DataError
 from lmssl.tokenizer.load import Tokenizer
 

@@ -105,7 +105,9 @@ def test_leaves_the_module_as_it_was_and_keeps_no_gradients() -> None:
     assert all(p.grad is None for p in ours.parameters())
 
 
-def test_nothing_to_divide_by_is_not_a_number() -> None:
-    empty = LossResult(0.0, 0, 0.0)
-    assert math.isnan(empty.loss)
-    assert empty.bits_per_byte is None
+def test_nothing_to_divide_by_is_no_number() -> None:
+    for nothing in (LossResult(0.0, 0, 0.0), LossResult(0.0, 0, 7.0), LossResult(math.nan, 3, 7.0)):
+        assert nothing.loss is None
+        assert nothing.bits_per_byte is None
+    assert LossResult(3.0, 2, 0.0).loss == 1.5
+    assert LossResult(3.0, 2, 0.0).bits_per_byte is None

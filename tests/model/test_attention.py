@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 import lmssl.model.build  # noqa: F401  registers the implementation
-from lmssl.model import attention
+from lmssl.model import attention, products
 from lmssl.model.attention import document_attention, document_kwargs
 
 CONFIGS = {
@@ -121,11 +121,50 @@ def test_loop_and_mask_have_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(by_loop, by_mask, atol=1e-6, rtol=1e-6)  # rotary angles stay float32
 
 
-def test_loop_operator_is_sound() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [2, 3, 8, 100])
+def test_windows_in_the_loop_are_those_of_a_mask(window: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WINDOW_QUERIES", 4)
+    _, segments, _ = packed()
+    segments = torch.cat([segments, segments.flip(1)])
+    found = []
+    for threshold in (0, 10**9):
+        monkeypatch.setattr(attention, "LOOP_FROM_TOKENS", threshold)
+        torch.manual_seed(0)
+        tensors = [torch.randn(2, 2, sum(LENGTHS), 8, requires_grad=True) for _ in range(3)]
+        kwargs = document_kwargs(segments, causal=causal, documents=True)
+        out, _ = document_attention(torch.nn.Module(), *tensors, None, sliding_window=window, **kwargs)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    for by_loop, by_mask in zip(*found, strict=True):
+        torch.testing.assert_close(by_loop, by_mask, atol=1e-5, rtol=1e-5)
+
+
+def test_no_piece_of_a_windowed_document_meets_all_of_it() -> None:
+    segments = torch.ones((1, 4096), dtype=torch.int64)
+    pieces = list(attention._pieces(segments, False, 65))
+    assert sum((p.end_query - p.first_query) * (p.end_key - p.first_key) for p in pieces) < 4096 * 4096 / 8
+    assert sum(p.end_query - p.first_query for p in pieces) == 4096
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_without_documents_compiles(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_compile", lambda function: function)
+    query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        module = torch.nn.Module()
+        return document_attention(module, query, key, value, None, sliding_window=2, document_causal=causal)[0]
+
+    compiled = torch.compile(attend, backend="eager", dynamic=False)
+    torch.testing.assert_close(compiled(query, key, value), attend(query, key, value))
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_loop_operator_is_sound(window: int) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 2, 12, 8, requires_grad=True) for _ in range(3))
     segments = torch.tensor([[1] * 5 + [2] * 7, [1] * 12])
-    torch.library.opcheck(torch.ops.lmssl.document_loop.default, (query, key, value, segments, True, 0.3))
+    torch.library.opcheck(torch.ops.lmssl.document_loop.default, (query, key, value, segments, True, 0.3, window))
 
 
 def test_padding_only_rows_stay_finite(path: str) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from kinds import MASKED, SPAN, Tokens, tiny
 from lmssl.errors import ModelError
-from lmssl.model.build import build_config, build_model
-from lmssl.recipe.model import Gpt2Model, LlamaModel, OtherModel, Qwen3Model
+from lmssl.model.build import build_config, build_model, check_masked_head
+from lmssl.recipe.model import FAMILIES, Gpt2Model, LlamaModel, OtherModel, Qwen3Model
 
 LLAMA: dict[str, Any] = {
     "kind": "llama",
@@ -99,3 +100,112 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_meta_models_take_no_memory() -> None:
     model = build_model(config(LlamaModel(**LLAMA)), seed=1, device="meta")
     assert all(p.is_meta for p in model.parameters())
+
+
+def masked(kind: str, **change: Any) -> Any:
+    section = FAMILIES[kind].model_validate({"kind": kind, **MASKED[kind]})
+    return config(section, objective="masked", tokenizer=Tokens(), **change)
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_no_special_id_of_a_published_vocabulary_remains(kind: str) -> None:
+    got = masked(kind)
+    ids = {name: value for name, value in got.to_dict().items() if name.endswith("_token_id")}
+    assert ids["pad_token_id"] == 3
+    assert all(value is None or value < 101 for value in ids.values()), ids
+    if kind == "modernbert":
+        assert (got.cls_token_id, got.sep_token_id) == (4, 5)
+    if kind == "eurobert":
+        assert got.mask_token_id == 6
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_masked_kinds_build_their_masked_class_without_dropout(kind: str) -> None:
+    model = build_model(masked(kind), objective="masked", seed=1)
+    assert type(model).__name__.lower() == f"{kind}formaskedlm"
+    assert all(module.p == 0.0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_roberta_has_a_position_more_than_the_pad_id_and_the_sequence() -> None:
+    assert masked("roberta").max_position_embeddings == 64 + 3 + 1
+    section = FAMILIES["roberta"].model_validate(
+        {"kind": "roberta", **MASKED["roberta"], "max_position_embeddings": 64}
+    )
+    with pytest.raises(ModelError, match="68 tokens do not fit the model's 64 positions"):
+        config(section, objective="masked", tokenizer=Tokens())
+
+
+def test_roberta_without_a_pad_token_is_refused() -> None:
+    tokens: Any = Tokens()
+    tokens.pad_id = None
+    section = FAMILIES["roberta"].model_validate({"kind": "roberta", **MASKED["roberta"]})
+    with pytest.raises(ModelError, match="roberta needs a pad token"):
+        config(section, objective="masked", tokenizer=tokens)
+
+
+def test_modernbert_layers_and_thetas_follow_the_recipe() -> None:
+    section = FAMILIES["modernbert"].model_validate({"kind": "modernbert", **MASKED["modernbert"]})
+    got = config(section, objective="masked")
+    assert got.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    thetas = {name: value["rope_theta"] for name, value in got.rope_parameters.items()}
+    assert thetas == {"full_attention": 500.0, "sliding_attention": 10_000.0}
+    assert got.sliding_window == 2
+
+
+@pytest.mark.parametrize("kind", SPAN)
+def test_span_kinds_build_an_encoder_with_a_decoder(kind: str) -> None:
+    section = FAMILIES[kind].model_validate({"kind": kind, **SPAN[kind]})
+    got = config(section, objective="span")
+    assert (got.decoder_start_token_id, got.pad_token_id, got.eos_token_id) == (8, 8, 7)
+    assert (got.d_kv, got.num_decoder_layers, got.dropout_rate) == (8, 2, 0.0)
+    model = build_model(got, objective="span", seed=1)
+    assert type(model).__name__.endswith("ForConditionalGeneration")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "what", "remedy"),
+    [
+        ("llama", "masked", "masked needs a bidirectional encoder, and llama is none", "or objective.kind: hybrid"),
+        ("t5", "masked", "masked needs a bidirectional encoder", "or objective.kind: span"),
+        ("bert", "causal", "causal needs a decoder, and bert is none", "or objective.kind: masked"),
+        ("modernbert", "hybrid", "hybrid needs a decoder", "use llama, qwen3 or gpt2"),
+        ("bert", "prefix", "prefix needs a decoder", "use llama"),
+        ("umt5", "causal", "causal needs a decoder", "objective.kind: span"),
+        ("llama", "span", "span needs an encoder with a decoder", "use t5, umt5 or mt5"),
+        ("bert", "span", "span needs an encoder with a decoder", "objective.kind: masked"),
+        ("bart", "span", "span needs an encoder with a decoder", "use t5"),
+        ("bert", "replaced", "replaced needs a generator and a discriminator", "electra, or objective.kind: masked"),
+        ("deberta-v2", "masked", "deberta-v2 cannot pack documents under its attention", "modernbert or bert"),
+        ("deberta", "masked", "deberta cannot pack documents under its attention", "modernbert or bert"),
+        ("mpnet", "masked", "body and head of mpnet are not known", "use one of bert"),
+        ("modernbertt", "masked", "no model of kind 'modernbertt'", "did you mean 'modernbert'"),
+    ],
+)
+def test_a_kind_for_another_objective_is_refused(kind: str, objective: str, what: str, remedy: str) -> None:
+    section = OtherModel.model_validate({"kind": kind})
+    with pytest.raises(ModelError) as caught:
+        config(section, objective=objective)
+    assert what in caught.value.what
+    assert remedy in str(caught.value.remedy)
+
+
+def test_special_ids_beyond_the_embedding_are_refused() -> None:
+    section = FAMILIES["bert"].model_validate({"kind": "bert", **MASKED["bert"], "vocab_size": 100})
+    with pytest.raises(ModelError, match="101 tokens.*only 100"):
+        config(section, objective="masked", tokenizer=Tokens())
+
+
+def test_kin_of_roberta_train_through_our_head() -> None:
+    sizes = dict(MASKED["roberta"], hidden_act="gelu")
+    section = OtherModel.model_validate({"kind": "xlm-roberta", **sizes})
+    got = config(section, objective="masked", tokenizer=Tokens())
+    assert type(build_model(got, objective="masked", seed=1)).__name__ == "XLMRobertaForMaskedLM"
+
+
+def test_a_masked_head_that_is_not_the_models_own_is_refused() -> None:
+    model = tiny("bert")
+    model.cls.predictions.decoder.bias = torch.nn.Parameter(torch.zeros(101))
+    model.cls.predictions.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(ModelError, match="otherwise"):
+        check_masked_head(model)

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kinds import MASKED, PAD, SPAN, Tokens, with_attention
 from lmssl.errors import ModelError
 from lmssl.model.build import build_config, build_model
 from lmssl.model.flops import flops_per_token, has_formula, num_parameters, training_memory
-from lmssl.recipe.model import FAMILIES, ModelBase, OtherModel
+from lmssl.recipe.family import ModelBase
+from lmssl.recipe.model import FAMILIES, OtherModel
 
 VOCAB, LENGTH = 1024, 256
 ROTARY = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 6}
@@ -88,3 +90,71 @@ def test_other_families_have_no_formula() -> None:
     with pytest.raises(ModelError, match="no formula for the size of kind olmo2") as caught:
         num_parameters(other, vocab_size=VOCAB, sequence_length=LENGTH)
     assert caught.value.remedy is not None
+
+
+WINDOWED = {**MASKED["modernbert"], "num_hidden_layers": 5, "local_attention": 9}
+BIDIRECTIONAL: list[tuple[str, dict[str, Any]]] = [
+    *MASKED.items(),
+    *SPAN.items(),
+    ("bert", {**MASKED["bert"], "max_position_embeddings": 300, "type_vocab_size": 1}),
+    ("roberta", {**MASKED["roberta"], "max_position_embeddings": 300}),
+    ("electra", {**MASKED["electra"], "tie_word_embeddings": False}),
+    ("electra", {**MASKED["electra"], "embedding_size": 32}),
+    ("modernbert", WINDOWED),
+    ("modernbert", {**WINDOWED, "norm_bias": True, "classifier_bias": True, "decoder_bias": False}),
+    ("modernbert", {**WINDOWED, "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": False}),
+    ("eurobert", {**MASKED["eurobert"], "mlp_bias": True, "attention_bias": True, "head_dim": 6}),
+    ("distilbert", {**MASKED["distilbert"], "tie_word_embeddings": False, "max_position_embeddings": 300}),
+    ("t5", {**SPAN["t5"], "feed_forward_proj": "relu", "num_decoder_layers": 3, "d_kv": 6}),
+    ("umt5", {**SPAN["umt5"], "num_decoder_layers": 1, "relative_attention_num_buckets": 8}),
+]
+
+
+def two_way(kind: str, sizes: dict[str, Any], device: str = "meta") -> PreTrainedModel:
+    objective, tokenizer = "span" if kind in SPAN else "masked", cast(Any, Tokens())
+    model = section(kind, sizes)
+    config = build_config(model, objective=objective, vocab_size=VOCAB, sequence_length=LENGTH, tokenizer=tokenizer)
+    return build_model(config, objective=objective, seed=0, device=device)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), BIDIRECTIONAL)
+def test_parameters_of_encoders_are_those_of_the_built_model(kind: str, sizes: dict[str, Any]) -> None:
+    stock = two_way(kind, sizes)
+    counted = num_parameters(section(kind, sizes), vocab_size=VOCAB, sequence_length=LENGTH, pad_id=PAD)
+    assert counted.total == sum(p.numel() for p in stock.parameters())
+    head = stock.get_output_embeddings().weight
+    assert counted.head == (0 if sizes.get("tie_word_embeddings", True) else head.numel())
+    names = ("word_embeddings", "position_embeddings", "token_type", "tok_embeddings", "embed_tokens", "shared")
+    rows = {name: p for name, p in stock.named_parameters() if any(part in name for part in names)}
+    assert counted.embedding == sum(p.numel() for p in rows.values())
+
+
+@pytest.mark.parametrize("kind", [*MASKED, *SPAN])
+def test_flops_of_encoders_agree_with_a_counted_forward_pass(kind: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = {**MASKED, **SPAN}[kind]
+    stock = with_attention(two_way(kind, sizes, "cpu"), "eager")
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stock(input_ids=ids, **({"decoder_input_ids": ids, "use_cache": False} if kind in SPAN else {}))
+    model = section(kind, {**sizes, "local_attention": 2 * LENGTH} if kind == "modernbert" else sizes)
+    ours = flops_per_token(model, vocab_size=VOCAB, sequence_length=LENGTH) * LENGTH / 3
+    if kind in SPAN:
+        ours += 2 * 2 * 32 * LENGTH * LENGTH  # pairs that the decoder's mask forbids
+    # Eager attention multiplies what local layers mask, too; rotary angles are products too small for a formula.
+    assert counter.get_total_flops() == pytest.approx(ours, rel=1e-3)
+
+
+def test_the_head_counts_at_targets_only() -> None:
+    model = section("bert", MASKED["bert"])
+    every, some = (
+        flops_per_token(model, vocab_size=VOCAB, sequence_length=LENGTH, target_ratio=ratio) for ratio in (1.0, 0.25)
+    )
+    assert every - some == 6 * 0.75 * (32 * 32 + VOCAB * 32)
+
+
+def test_local_layers_meet_their_neighbourhood_only() -> None:
+    near, far = (section("modernbert", {**WINDOWED, "local_attention": n}) for n in (9, 2 * LENGTH))
+    more, less = (flops_per_token(model, vocab_size=VOCAB, sequence_length=LENGTH) for model in (far, near))
+    assert more - less == 12 * 32 * 2 * (LENGTH - 9)

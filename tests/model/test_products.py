@@ -76,6 +76,6 @@ def test_operators_are_sound() -> None:
 
 
 def test_blocks_cover_what_a_causal_mask_shows() -> None:
-    assert products._blocks(512, True) == [(0, 128, 128), (128, 256, 256), (256, 384, 384), (384, 512, 512)]
-    assert products._blocks(130, True) == [(0, 128, 128), (128, 130, 130)]
-    assert products._blocks(512, False) == [(0, 512, 512)]
+    assert products._blocks(512, 512, True) == [(0, 128, 128), (128, 256, 256), (256, 384, 384), (384, 512, 512)]
+    assert products._blocks(130, 130, True) == [(0, 128, 128), (128, 130, 130)]
+    assert products._blocks(512, 40, False) == [(0, 512, 40)]

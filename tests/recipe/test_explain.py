@@ -9,7 +9,7 @@ from lmssl.errors import RecipeError
 from lmssl.recipe.base import Int, Section
 from lmssl.recipe.explain import expectation, shown
 from lmssl.recipe.load import load_section
-from lmssl.recipe.sections import TrainSection
+from lmssl.recipe.train import TrainSection
 
 Refusal = Callable[..., RecipeError]
 

@@ -33,6 +33,8 @@ BROUGHT = {
     "train_file": "data.mixture",
     "grad_clip": "optim.max_grad_norm",
     "batch_size": "train.batch_tokens",
+    "rampup_batch_size": "train.batch_warmup",
+    "use_ema": "train.ema_decay",
     "n_kv_heads": "model.num_key_value_heads",
 }
 

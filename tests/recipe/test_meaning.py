@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lmssl.recipe.meaning import fill_descriptions, meanings, section_classes
 from lmssl.recipe.model import LlamaModel
-from lmssl.recipe.sections import AdamW, TrainSection
+from lmssl.recipe.sections import AdamW
+from lmssl.recipe.train import TrainSection
 
 
 def test_a_docstring_belongs_to_the_field_above_it() -> None:

@@ -46,6 +46,21 @@ def validation_set(keys: str) -> str:
         ([stages("2048, {a: 1, c: 1}")], "data.stages.0.weights", "no corpus c in data.mixture"),
         ([stages("2048, {a: 0}")], "data.stages.0.weights", "no corpus has a weight above 0"),
         (["data.skip=[[5, 5]]"], "data.skip.0", "[5, 5] holds no positions"),
+        (["data.cls=true"], "data.cls", "and that of data.eos around each document"),
+        (["data.sep=true", "data.eos=false", "data.bos=true"], "data.sep", "and that of data.bos around each document"),
+        (
+            ["data.cls=true", "data.sep=true", "data.eos=false", "data.fill_in_the_middle={}"],
+            *("data.fill_in_the_middle", "data.cls belongs to other objectives"),
+        ),
+        (
+            ["objective={kind: prefix}", "data.document_attention=false"],
+            *("data.document_attention", "the objective prefix keeps every document to itself"),
+        ),
+        (["objective={kind: span}", "data.eos=true"], "data.eos", "span puts sentinels and eos into its examples"),
+        (
+            ["objective={kind: prefix}", "data.fill_in_the_middle={}"],
+            *("data.fill_in_the_middle", "the objective is prefix"),
+        ),
         (["data.skip=[[-1, 5]]"], "data.skip.0", "[-1, 5] holds no positions"),
         (["data.skip=[[3, 9], [8, 12]]"], "data.skip.1", "[8, 12] begins before 9"),
         (["data.skip=[[8, 12], [1, 3]]"], "data.skip.1", "[1, 3] begins before 12"),

@@ -23,7 +23,16 @@ ROTARY = [
     "model.num_key_value_heads=2",
     "model.head_dim=16",
 ]
-SHRINK = {"llama": ROTARY, "qwen3": ROTARY, "gpt2": ["model.n_embd=64", "model.n_layer=2", "model.n_head=4"]}
+ENCODER = ROTARY[:4]
+SHRINK = {
+    "llama": ROTARY,
+    "qwen3": ROTARY,
+    "gpt2": ["model.n_embd=64", "model.n_layer=2", "model.n_head=4"],
+    "bert": ENCODER,
+    "modernbert": ENCODER,
+    "electra": [*ENCODER, "model.embedding_size=32"],
+    "t5": ["model.d_model=64", "model.d_kv=16", "model.d_ff=128", "model.num_layers=2", "model.num_heads=4"],
+}
 
 
 @pytest.mark.parametrize("path", TRAINABLE, ids=str)
@@ -37,11 +46,13 @@ def test_one_shrunken_step(path: Path, tmp_path: Path, text_folder: Path) -> Non
         f"data.cache={tmp_path / 'cache'}",
         f"data.mixture={json.dumps(mixture)}",
         "data.sequence_length=32",
+        "data.stages=[]",
         "data.workers=0",
         "data.validation.tokens=64",
         "schedule.warmup_tokens=0",
         "train.tokens=64",
         "train.batch_tokens=64",
+        "train.batch_warmup=null",
         "train.micro_batch_sequences=2",
         "train.compile=off",
     ]

@@ -20,6 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "wordpiece": {"kind": "wordpiece", "objective": "masked"},
     "wordpiece-lower": {"kind": "wordpiece", "objective": "causal", "lowercase": True, "strip_accents": True},
     "unigram": {"kind": "unigram", "objective": "masked"},
+    "unigram-span": {"kind": "unigram", "objective": "span"},
 }
 BPE = [name for name in KINDS if name.startswith("bpe")]
 CORPUS = {"name": "docs", "kind": "python_docs"}

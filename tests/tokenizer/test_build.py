@@ -47,6 +47,7 @@ def test_overrides(file: Path) -> None:
         ("unigram", "causal", {"bos", "eos", "pad", "unk"}),
         ("wordpiece", "causal", {"bos", "eos", "pad", "unk"}),
         ("bpe", "masked", {"pad", "unk", "cls", "sep", "mask"}),
+        ("unigram", "span", {"pad", "eos", "unk"}),
     ],
 )
 def test_control_tokens(file: Path, kind: str, objective: str, roles: set[str]) -> None:

@@ -49,7 +49,8 @@ def test_autotokenizer_surrounds_masked_texts_and_pairs(trained: Tokenizer) -> N
     one, two = (auto(text, add_special_tokens=False)["input_ids"] for text in ("one", " two"))
     single, pair = auto("one"), auto("one", " two")
     if trained.mask_id is None:
-        assert (single["input_ids"], pair["input_ids"]) == (one, one + two)
+        end = [trained.eos_id] if trained.path.name == "unigram-span" else []
+        assert (single["input_ids"], pair["input_ids"]) == (one + end, one + end + two + end)
         assert set(single) == {"input_ids", "attention_mask"}
         return
     cls, sep = trained.cls_id, trained.sep_id
@@ -73,6 +74,20 @@ def test_mask_stands_for_a_word_with_its_space(folders: dict[str, Path], name: s
     place = masked.index(tokenizer.mask_id)
     assert masked[:place] == word[:place]
     assert masked[place + 1 :] == word[-1:]
+
+
+def test_sentinels_stand_for_words_with_their_space(folders: dict[str, Path]) -> None:
+    auto = AutoTokenizer.from_pretrained(folders["unigram-span"])
+    sentinels = auto.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(100)])
+    assert sentinels == list(range(3, 103))
+    words, gap = (
+        auto(text, add_special_tokens=False)["input_ids"] for text in ("this is the", "this <extra_id_7> the")
+    )
+    place = gap.index(sentinels[7])
+    assert gap[:place] == words[:place]
+    assert gap[place + 1 :] == words[-len(gap) + place + 1 :]
+    readme = (folders["unigram-span"] / "README.md").read_text(encoding="utf-8")
+    assert "sentinels `<extra_id_0>` to `<extra_id_99>`" in readme
 
 
 def test_build_file_reads_back(trained: Tokenizer, make: Any) -> None:

@@ -1,9 +1,10 @@
-"""What transformers' `run_clm.py` does by default, written for comparison: map, group_texts, Trainer.
+"""What transformers' `run_clm.py` and `run_mlm.py` do by default, written for comparison: map, group_texts, Trainer.
 
 Prints one JSON line: seconds of each optimiser step and the loss of the last. Defaults are those of the example
-script: float32, eager, AdamW, linear schedule from 5e-5, all logits.
+scripts: float32, eager, AdamW, linear schedule from 5e-5, all logits; masks are drawn by
+DataCollatorForLanguageModeling.
 
-    python trainer_clm.py CONFIG_DIR TEXT.jsonl --sequence-length 512 --rows 8 --steps 12 [--bf16] [--compile]
+    python trainer.py causal CONFIG_DIR TEXT.jsonl --sequence-length 512 --rows 8 --steps 12 [--bf16] [--compile]
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from datasets import load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
+    DataCollatorForLanguageModeling,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -42,38 +45,58 @@ class StepTimes(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def main() -> None:
-    """Train for a few steps and print the times."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("objective", choices=["causal", "masked"])
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("--sequence-length", type=int, required=True)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--rate", type=float, default=0.15, help="share of tokens masked")
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--out", help="folder for the trained model")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
-    set_seed(1)
-    started = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    return parser.parse_args()
+
+
+def grouped_texts(args: argparse.Namespace, tokenizer: Any) -> Any:
+    """Documents tokenized, joined end to end and cut into rows, special tokens wherever they fall."""
+    masked, length = args.objective == "masked", args.sequence_length
     raw = load_dataset("json", data_files=args.text, split="train", cache_dir=tempfile.mkdtemp())
-    tokenized = raw.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns=raw.column_names)
-    length = args.sequence_length
+    tokenized = raw.map(
+        lambda rows: tokenizer(rows["text"], return_special_tokens_mask=masked),
+        batched=True,
+        remove_columns=raw.column_names,
+    )
 
     def group_texts(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         joined = {k: list(chain(*v)) for k, v in rows.items()}
         total = len(joined["input_ids"]) // length * length
         cut = {k: [v[i : i + length] for i in range(0, total, length)] for k, v in joined.items()}
-        return {**cut, "labels": cut["input_ids"].copy()}
+        return cut if masked else {**cut, "labels": cut["input_ids"].copy()}
 
-    grouped = tokenized.map(group_texts, batched=True)
+    return tokenized.map(group_texts, batched=True)
+
+
+def main() -> None:
+    """Train for a few steps and print the times."""
+    args = parse()
+    set_seed(1)
+    started = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows, masked = grouped_texts(args, tokenizer), args.objective == "masked"
     prepared = time.perf_counter()
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype=torch.float32)
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.from_pretrained(args.model), dtype=torch.float32)
     times = StepTimes()
     training = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=args.rows,
         max_steps=args.steps,
+        learning_rate=args.lr,
         bf16=args.bf16,
         torch_compile=args.compile,
         use_cpu=not torch.cuda.is_available(),
@@ -81,18 +104,21 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
     )
+    masks = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.rate) if masked else default_data_collator
     trainer = Trainer(
         model=model,
         args=training,
-        train_dataset=grouped,
+        train_dataset=rows,
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=masks,
         callbacks=[times],
     )
     result = trainer.train()
+    if args.out:
+        trainer.save_model(args.out)
     seconds = [b - a for a, b in zip(times.ends, times.ends[1:], strict=False)]
     row = {"step_seconds": seconds, "loss": result.training_loss, "prepare_seconds": prepared - started}
-    print(json.dumps({**row, "threads": torch.get_num_threads(), "sequences": len(grouped)}))
+    print(json.dumps({**row, "threads": torch.get_num_threads(), "sequences": len(rows)}))
 
 
 if __name__ == "__main__":

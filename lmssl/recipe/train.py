@@ -1,0 +1,52 @@
+"""The section `train`: budget, batch and precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lmssl.recipe.base import Float, Int, Section
+from lmssl.recipe.batches import Ramp
+
+
+class BatchWarmup(Section):
+    """Small batches first: the tokens of a step grow in a straight line with the tokens read."""
+
+    from_tokens: Int = Field(ge=1)
+    """Tokens of the first step; a multiple of `data.sequence_length`."""
+    tokens: Int = Field(ge=1)
+    """Tokens of the run over which a step grows to `train.batch_tokens`."""
+
+
+class TrainSection(Section):
+    """Budget, batch and precision."""
+
+    tokens: Int = Field(ge=1)
+    """Training budget: positions x sequence_length, padding included."""
+    batch_tokens: Int = Field(ge=1)
+    """Tokens of one optimiser step over all devices; a multiple of `data.sequence_length`."""
+    batch_warmup: BatchWarmup | None = None
+    """Smaller steps at the beginning; null: all steps are equal."""
+    micro_batch_sequences: Int = Field(ge=1)
+    """Sequences of one forward on one device; only memory and speed depend on it."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type of matrix products; weights and optimiser stay fp32."""
+    compile: Literal["auto", "off", "layers", "model"] = "auto"
+    """torch.compile: whole model, each layer, or off; `auto`: model on CPU, layers elsewhere, off for short runs."""
+    deterministic: bool | None = None
+    """Bit-exact repeats on one machine; null: on for CPU, where it costs nothing."""
+    log_every_steps: Int = Field(default=10, ge=1)
+    """Interval of lines in metrics.jsonl."""
+    max_skipped_steps: Int = Field(default=10, ge=0)
+    """Consecutive steps with non-finite gradients before the run stops."""
+    ema_decay: Float | None = Field(default=None, gt=0, lt=1)
+    """What a moving average of the weights keeps of itself per step, such as 0.999; null: there is none."""
+
+    @property
+    def ramp(self) -> Ramp:
+        """How the tokens of a step grow."""
+        warmup = self.batch_warmup
+        if warmup is None:
+            return Ramp(self.batch_tokens, self.batch_tokens, 0)
+        return Ramp(min(warmup.from_tokens, self.batch_tokens), self.batch_tokens, warmup.tokens)
