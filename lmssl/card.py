@@ -43,6 +43,11 @@ USES = {
     "replaced": "finds replaced tokens",
 }
 
+GENERATOR = """
+The folder `generator` holds the smaller model that filled masks for it in training:
+`AutoModelForMaskedLM.from_pretrained("PATH_OR_REPO", subfolder="generator")`.
+"""
+
 
 def write_card(folder: Path, *, run: Path, found: Checkpoint, num_parameters: int, ema: bool = False) -> None:
     """Write README.md with front matter into an export folder.
@@ -101,7 +106,7 @@ from transformers import {auto_class}, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
 model = {auto_class}.from_pretrained("PATH_OR_REPO")
 ```
-
+{GENERATOR if recipe.objective.kind == "replaced" else ""}
 ## Data
 {_corpora(recipe, state)}
 

@@ -14,6 +14,7 @@ from lmssl.data.stream import SequenceStream
 from lmssl.errors import ExportError, TrainingError
 from lmssl.export import export_run
 from lmssl.recipe.load import Loaded, load_recipe
+from lmssl.recipe.objective import seps_per_segment
 from lmssl.shipped import find
 from lmssl.tokenizer.load import load_tokenizer
 from lmssl.train.run import train
@@ -88,6 +89,7 @@ def unigram_entropy(loaded: Loaded) -> float:
         seed=recipe.data_seed,
         cache_dir=Path(recipe.data.cache).expanduser(),
         report=print,
+        seps_per_segment=seps_per_segment(recipe.objective),
     )
     counts = np.zeros(2**16, dtype=np.int64)
     for position in range(sum(stream.num_sequences_per_epoch().values())):

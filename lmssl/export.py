@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, BertForPreTraining, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lmssl import checkpoint
 from lmssl.card import AUTO_CLASSES, write_card
 from lmssl.errors import CheckpointError, ExportError
-from lmssl.model.build import build_model
+from lmssl.model.build import build_recipe_model
+from lmssl.model.electra import ElectraPair
 from lmssl.recipe.load import load_recipe
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -47,11 +48,12 @@ auto_class = getattr(transformers, probe["auto_class"])
 model = auto_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 with torch.no_grad():
-    logits = model(**{name: torch.tensor([ids]) for name, ids in probe["inputs"].items()})[0].float()
+    output = model(**{name: torch.tensor([ids]) for name, ids in probe["inputs"].items()})
+logits = torch.cat([output[name].float().flatten() for name in output if name.endswith("logits")])
 ids = torch.tensor(tokenizer(probe["text"], add_special_tokens=False)["input_ids"])
 count = torch.tensor(sum(p.numel() for p in model.parameters()))
 assert "lmssl" not in sys.modules
-save_file({"logits": logits.contiguous(), "text_ids": ids, "num_parameters": count}, out)
+save_file({"logits": logits, "text_ids": ids, "num_parameters": count}, out)
 """
 
 
@@ -63,6 +65,7 @@ class Exported:
     step: int
     max_logits_difference: float
     num_parameters: int
+    """Of the model in the folder itself; ELECTRA's generator stands in a folder inside it."""
 
 
 def export_run(
@@ -89,11 +92,18 @@ def export_run(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(model, tokenizer, partial)
-        difference = _verify(model, tokenizer, partial, auto_class=AUTO_CLASSES[kind])
-        write_card(partial, run=run, found=found, num_parameters=model.num_parameters(), ema=ema)
-        for path in partial.iterdir():
-            path.chmod(0o644)
+        parts = _parts(model, kind)
+        for part in parts:
+            (partial / part.folder).mkdir(exist_ok=True)
+            _write(part.model, tokenizer, partial / part.folder)
+        differences = [
+            _verify(part.model, tokenizer, partial / part.folder, auto_class=part.auto_class) for part in parts
+        ]
+        num_parameters, difference = parts[0].model.num_parameters(), max(differences)
+        write_card(partial, run=run, found=found, num_parameters=num_parameters, ema=ema)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -103,20 +113,44 @@ def export_run(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    report(f"exported step {found.step} to {out}: {model.num_parameters():,} parameters")
+    report(f"exported step {found.step} to {out}: {num_parameters:,} parameters")
+    for part in parts[1:]:
+        report(f"and {part.folder} to {out / part.folder}: {part.model.num_parameters():,} parameters")
     report(f"reloaded in a fresh process; largest difference of logits {difference:.1e}")
-    return Exported(out, found.step, difference, model.num_parameters())
+    return Exported(out, found.step, difference, num_parameters)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stock model of an export."""
+
+    folder: str
+    """Inside the export; empty: the export itself."""
+    model: PreTrainedModel
+    auto_class: str
+    """What loads it."""
+
+
+def _parts(model: PreTrainedModel, kind: str) -> list[_Part]:
+    if isinstance(model, ElectraPair):
+        return [
+            _Part("", model.discriminator, AUTO_CLASSES[kind]),
+            _Part("generator", model.generator, AUTO_CLASSES["masked"]),
+        ]
+    if isinstance(model, BertForPreTraining):  # also what it knows of sentences, which AutoModelForMaskedLM leaves out
+        return [_Part("", model, "AutoModelForPreTraining")]
+    return [_Part("", model, AUTO_CLASSES[kind])]
 
 
 def load_model(found: checkpoint.Checkpoint, *, ema: bool = False) -> PreTrainedModel:
-    """The stock model of a checkpoint, in float32 on CPU; with `ema`, of the averages of its weights.
+    """The model of a checkpoint, in float32 on CPU; with `ema`, of the averages of its weights.
 
     Raises:
         CheckpointError: averages are wanted and the run kept none.
     """
     config = AutoConfig.for_model(**json.loads(found.text("config.json")))
     recipe = load_recipe(found.path / "recipe.yaml").recipe
-    model = build_model(config, objective=recipe.objective.kind, seed=recipe.seed)
+    model = build_recipe_model(recipe, config)
     if ema and recipe.train.ema_decay is None:
         raise CheckpointError(
             "the run kept no moving average of its weights",
@@ -207,7 +241,8 @@ def _verify(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, auto_
     probe.unlink()
     result.unlink()
     with torch.no_grad():
-        ours = model(**{name: torch.tensor([value]) for name, value in inputs.items()})[0].float()
+        output = model(**{name: torch.tensor([value]) for name, value in inputs.items()})
+    ours = torch.cat([output[name].float().flatten() for name in output if name.endswith("logits")])
     difference = float((ours - theirs["logits"]).abs().max())
     problems = []
     if not difference <= LOGITS_TOLERANCE:

@@ -66,8 +66,12 @@ def built_number(recipe: Recipe) -> Number:
     built = sum(parameter.numel() for parameter in model.parameters())
     how = f"{type(model).__name__}, built without weights"
     if flops.has_formula(recipe.model):
-        counted = flops.num_parameters(
-            recipe.model, vocab_size=vocab_size, sequence_length=length, pad_id=tokenizer.pad_id
+        counted = flops.trained_parameters(
+            recipe.model,
+            recipe.objective,
+            vocab_size=vocab_size,
+            sequence_length=length,
+            pad_id=tokenizer.pad_id,
         ).total
         how += ", equal to the formula" if counted == built else f"; the formula is off by {counted - built:+,}"
     return Number("parameters_built", built, how)
@@ -140,21 +144,22 @@ def _size_numbers(recipe: Recipe) -> list[Number]:
     if not flops.has_formula(model):
         why = f"no formula for {getattr(model, 'kind', 'this kind')}; --model builds and counts it"
         return [vocabulary, *(Number(name, None, why) for name in names)]
-    if recipe.objective.kind == "replaced":
-        return [vocabulary, *(Number(name, None, "no formula for a model with a generator") for name in names)]
     pad_id = _pad_id(recipe)
     if isinstance(model, RobertaModel) and model.max_position_embeddings is None and pad_id is None:
         why = "roberta's positions begin after the pad token, and the tokenizer has none"
         return [vocabulary, *(Number(name, None, why) for name in names)]
-    ratio = _target_ratio(recipe.objective)
-    parameters = flops.num_parameters(model, vocab_size=rows, sequence_length=length, pad_id=pad_id)
+    objective, ratio = recipe.objective, _target_ratio(recipe.objective)
+    parameters = flops.trained_parameters(model, objective, vocab_size=rows, sequence_length=length, pad_id=pad_id)
     by_length = {
-        length: flops.flops_per_token(model, vocab_size=rows, sequence_length=length, target_ratio=ratio)
+        length: flops.trained_flops_per_token(
+            model, objective, vocab_size=rows, sequence_length=length, target_ratio=ratio
+        )
         for length in recipe.batches.tokens_by_length()
     }
     per_token = by_length[recipe.data.sequence_length]
     total = sum(by_length[length] * count for length, count in recipe.batches.tokens_by_length().items())
     head = f"head {parameters.head:,}" if parameters.head else "head shared"
+    head += ", generator included" if objective.kind == "replaced" else ""
     return [
         vocabulary,
         Number("parameters", parameters.total, f"body {parameters.body:,}, embedding {parameters.embedding:,}, {head}"),
@@ -183,6 +188,8 @@ def _target_ratio(objective: AnyObjective) -> float:
 def _flops_note(objective: AnyObjective, ratio: float) -> str:
     if isinstance(objective, SpanObjective):
         return f"forward and backward, the decoder's {ratio:.3g} tokens for each of the encoder's included"
+    if objective.kind == "replaced":
+        return f"forward and backward of generator and model, the generator's head at {ratio:.3g} of the tokens"
     if objective.kind in ("masked", "hybrid"):
         direction = "attention both ways" if objective.kind == "masked" else "causal attention"
         return f"forward and backward, {direction}, the head at {ratio:.3g} of the tokens"

@@ -22,6 +22,7 @@ from lmssl.data.statistics import Statistics, measure
 from lmssl.data.stream import SequenceStream
 from lmssl.data.trace import TracedSegment, TracedSequence, Tracer
 from lmssl.errors import RecipeError
+from lmssl.recipe.objective import seps_per_segment
 from lmssl.recipe.sections import Recipe
 from lmssl.shipped import find
 from lmssl.statistics_view import check_page, print_statistics, write_page
@@ -74,6 +75,7 @@ def answer(recipe: Recipe, question: Question) -> None:
         cache_dir=Path(recipe.data.cache).expanduser(),
         report=report,
         batches=recipe.batches,
+        seps_per_segment=seps_per_segment(recipe.objective),
     )
     if question.statistics:
         _show_statistics(_measured(stream, notes), recipe, question, out, report)

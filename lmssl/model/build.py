@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
+    ElectraConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -263,7 +264,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         if objective == "replaced":
-            model = ElectraPair(config, generator_ratio)
+            model = ElectraPair(cast(ElectraConfig, config), generator_ratio)
         else:
             model = (AutoModelForPreTraining if sentences else auto).from_config(config, dtype=torch.float32)
     for part in model.modules():  # transformers 5.17 forgets the stacks of T5

@@ -35,7 +35,13 @@ class MaskedHead:
 
 
 def encode(
-    model: PreTrainedModel, ids_BT: Tensor, segments_BT: Tensor, offsets_BT: Tensor, *, documents: bool = True
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    segments_BT: Tensor,
+    offsets_BT: Tensor,
+    *,
+    documents: bool = True,
+    types_BT: Tensor | None = None,
 ) -> Tensor:
     """Hidden states [B, T, D] of the body of a bidirectional model.
 
@@ -43,10 +49,13 @@ def encode(
         segments_BT: integers; equal numbers are one document, 0 is padding.
         offsets_BT: position of each token in its document, from 0 on; in its sequence if not `documents`.
         documents: tokens see their own document only; otherwise every token of the sequence that is not padding.
+        types_BT: which sentence of a pair each token is of; None: the first.
     """
     if model.config.model_type in ROBERTA_KINDS:
         offsets_BT = offsets_BT + (model.config.pad_token_id + 1)
     kwargs = document_kwargs(segments_BT, causal=False, documents=documents)
+    if types_BT is not None:
+        kwargs["token_type_ids"] = types_BT
     body = model.base_model(input_ids=ids_BT, position_ids=offsets_BT, attention_mask=None, **kwargs)
     hidden_BTD: Tensor = body.last_hidden_state
     return hidden_BTD
@@ -77,6 +86,14 @@ def masked_head(model: PreTrainedModel) -> MaskedHead:
     raise ModelError(
         f"the masked head of kind {kind} is not known", where="model.kind", remedy=f"use {', '.join(MASKED_KINDS)}"
     )
+
+
+def sentence_logits(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """Whether a pair's second sentence follows the first, from its [CLS]: float32 [N, 2], as `BertForPreTraining`."""
+    stock: Any = model
+    pooled_ND = stock.bert.pooler(hidden_ND[:, None])
+    logits_N2: Tensor = stock.cls.seq_relationship(pooled_ND)
+    return logits_N2.float()
 
 
 def _head(transform: Callable[[Tensor], Tensor], decoder: nn.Linear) -> MaskedHead:

@@ -13,9 +13,11 @@ from lmssl.recipe.encoders import (
     ModernBertModel,
     RobertaModel,
     T5Model,
+    generator_sizes,
 )
 from lmssl.recipe.family import ModelBase
 from lmssl.recipe.model import FAMILIES, Gpt2Model, LlamaModel, Qwen3Model, null_sizes
+from lmssl.recipe.objective import AnyObjective, MaskedObjective, ReplacedObjective
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,55 @@ def flops_per_token(model: ModelBase, *, vocab_size: int, sequence_length: int, 
     head = shape.head_matrices + vocab_size * (shape.embedding_width or shape.width)
     weights = shape.layers * shape.layer_matrices + shape.entry_matrices + round(target_ratio * head)
     return 6 * weights + round(12 * shape.heads * shape.head_dim * shape.pairs)
+
+
+def trained_parameters(
+    model: ModelBase, objective: AnyObjective, *, vocab_size: int, sequence_length: int, pad_id: int | None = None
+) -> Parameters:
+    """`num_parameters` of what an objective trains: with ELECTRA's generator, or BERT's head for pairs of sentences.
+
+    >>> objective = ReplacedObjective(kind="replaced", generator_ratio=0.25)
+    >>> small = ElectraModel(
+    ...     kind="electra", embedding_size=128, hidden_size=256, intermediate_size=1024, num_hidden_layers=12,
+    ...     num_attention_heads=4, max_position_embeddings=512)  # fmt: skip
+    >>> trained_parameters(small, objective, vocab_size=30522, sequence_length=128).total
+    14196219
+    """
+    whole = num_parameters(model, vocab_size=vocab_size, sequence_length=sequence_length, pad_id=pad_id)
+    body = whole.body
+    if isinstance(objective, MaskedObjective) and objective.sentence_task and isinstance(model, BertModel):
+        body += model.hidden_size**2 + model.hidden_size + 2 * model.hidden_size + 2
+    if isinstance(objective, ReplacedObjective) and isinstance(model, ElectraModel):
+        width, narrow = model.hidden_size, model.embedding_size
+        generator = _generator(model, objective.generator_ratio)
+        filler = num_parameters(generator, vocab_size=vocab_size, sequence_length=sequence_length)
+        body += filler.body - 2 * narrow  # the norm of the embeddings is shared, too
+        body += width * width + 2 * width + 1 - (width * narrow + 3 * narrow + vocab_size)  # yes or no, no tokens
+    return Parameters(embedding=whole.embedding, head=whole.head, body=body)
+
+
+def trained_flops_per_token(
+    model: ModelBase, objective: AnyObjective, *, vocab_size: int, sequence_length: int, target_ratio: float = 1.0
+) -> int:
+    """`flops_per_token` of what an objective trains.
+
+    Of ELECTRA the generator's head runs at `target_ratio` of the tokens, the discriminator's at all of them; that the
+    generator's logits are computed once more for its samples is not counted. Nor is BERT's head for pairs.
+    """
+    if not (isinstance(objective, ReplacedObjective) and isinstance(model, ElectraModel)):
+        return flops_per_token(model, vocab_size=vocab_size, sequence_length=sequence_length, target_ratio=target_ratio)
+    generator, head = _generator(model, objective.generator_ratio), model.hidden_size**2 + model.hidden_size
+    body = flops_per_token(model, vocab_size=vocab_size, sequence_length=sequence_length, target_ratio=0.0)
+    return (
+        body
+        + 6 * head
+        + flops_per_token(generator, vocab_size=vocab_size, sequence_length=sequence_length, target_ratio=target_ratio)
+    )
+
+
+def _generator(model: ElectraModel, ratio: float) -> ElectraModel:
+    sizes = generator_sizes(model.hidden_size, model.num_attention_heads, model.intermediate_size, ratio)
+    return model.model_copy(update=sizes)
 
 
 def training_memory(num_parameters: int) -> TrainingMemory:

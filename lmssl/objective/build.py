@@ -7,13 +7,16 @@ from lmssl.objective.causal import CausalObjective
 from lmssl.objective.hybrid import HybridObjective
 from lmssl.objective.masked import MaskedObjective
 from lmssl.objective.masking import Masking
+from lmssl.objective.pairs import Pairs
 from lmssl.objective.prefix import PrefixObjective
 from lmssl.objective.replaced import ReplacedObjective
+from lmssl.objective.sentence import SentenceObjective
 from lmssl.objective.span import Corruption, SpanObjective
 from lmssl.recipe import objective as sections
 from lmssl.recipe.sections import Recipe
 from lmssl.tokenizer.load import Tokenizer
 from lmssl.tokenizer.offsets import surface_bytes
+from lmssl.tokenizer.words import WordStarts
 
 
 def build_objective(recipe: Recipe, tokenizer: Tokenizer, *, num_positions: int) -> Objective:
@@ -23,7 +26,7 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer, *, num_positions: int)
         num_positions: of the whole run, skipped ones included; schedules of masking rates follow them.
 
     Raises:
-        TokenizerError: the objective needs a token that the tokenizer lacks.
+        TokenizerError: the objective needs a token that the tokenizer lacks, or words, and its tokens show none.
     """
     documents = recipe.data.document_attention
     match recipe.objective:
@@ -31,6 +34,9 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer, *, num_positions: int)
             return CausalObjective(document_attention=documents)
         case sections.MaskedObjective() as section:
             masking = Masking.of(section, tokenizer, recipe.data_seed, num_positions)
+            if section.sentence_task is not None:
+                pairs = Pairs(section.sentence_task, recipe.data_seed, WordStarts.of(tokenizer))
+                return SentenceObjective(masking, surface_bytes(tokenizer), documents, pairs=pairs)
             return MaskedObjective(masking, surface_bytes(tokenizer), documents)
         case sections.ReplacedObjective() as section:
             masking = Masking.of(section, tokenizer, recipe.data_seed, num_positions)

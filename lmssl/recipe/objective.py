@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from lmssl.recipe.base import Float, Int, Section
 from lmssl.recipe.data import DataSection
+from lmssl.recipe.encoders import BertModel
+from lmssl.recipe.family import ModelBase
 
 
 class CausalObjective(Section):
@@ -124,6 +126,12 @@ AnyObjective = Annotated[
     Field(discriminator="kind"),
 ]
 
+
+def seps_per_segment(objective: AnyObjective) -> int:
+    """Sep tokens that the data layout puts into each segment: two where segments become pairs of sentences."""
+    return 2 if isinstance(objective, MaskedObjective) and objective.sentence_task is not None else 1
+
+
 _DATA_DEFAULTS: Mapping[str, Mapping[str, bool]] = {
     "masked": {"bos": False, "eos": False, "cls": True, "sep": True},
     "replaced": {"bos": False, "eos": False, "cls": True, "sep": True},
@@ -137,9 +145,11 @@ def data_defaults(kind: object) -> Mapping[str, bool]:
     return _DATA_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {}
 
 
-def objective_problems(objective: AnyObjective, data: DataSection) -> Iterator[str]:
-    """Sentences as in `recipe.sections.contradictions` for objectives and data that do not go together."""
+def objective_problems(objective: AnyObjective, data: DataSection, model: ModelBase) -> Iterator[str]:
+    """Sentences as in `recipe.sections.contradictions` for objectives, data and models that do not go together."""
     kind = objective.kind
+    if isinstance(objective, MaskedObjective) and objective.sentence_task is not None:
+        yield from _sentence_problems(data, model)
     if kind in ("span", "prefix", "hybrid") and not data.document_attention:
         yield (
             f"data.document_attention: the objective {kind} keeps every document to itself; "
@@ -157,3 +167,24 @@ def objective_problems(objective: AnyObjective, data: DataSection) -> Iterator[s
             f"data.fill_in_the_middle: it rearranges documents for next-token prediction, and the objective is {kind}; "
             "leave data.fill_in_the_middle out"
         )
+
+
+def _sentence_problems(data: DataSection, model: ModelBase) -> Iterator[str]:
+    if not isinstance(model, BertModel):
+        yield (
+            f"objective.sentence_task: only bert has a class for pairs of sentences, and model.kind is "
+            f"{getattr(model, 'kind', None)}; leave it out, or use bert"
+        )
+    elif model.type_vocab_size < 2:
+        yield (
+            f"model.type_vocab_size: pairs of sentences need 2 kinds of tokens, and this is {model.type_vocab_size}; "
+            "leave it out"
+        )
+    if not data.document_attention:
+        yield (
+            "data.document_attention: objective.sentence_task asks about every segment by itself; "
+            "leave data.document_attention out"
+        )
+    for role in ("cls", "sep"):
+        if not getattr(data, role):
+            yield f"data.{role}: objective.sentence_task needs it around the sentences; leave data.{role} out"

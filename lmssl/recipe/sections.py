@@ -196,7 +196,7 @@ def contradictions(recipe: Recipe) -> list[str]:
         *_skip_problems(recipe),
         *_set_problems(recipe),
         *special_token_problems(recipe.data),
-        *objective_problems(recipe.objective, recipe.data),
+        *objective_problems(recipe.objective, recipe.data, recipe.model),
         *_schedule_problems(recipe),
         *_model_problems(recipe),
     ]

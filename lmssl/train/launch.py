@@ -130,6 +130,14 @@ def compile_module(module: nn.Module, mode: CompileMode) -> None:
     if mode == "model":
         module.compile(dynamic=False)
     elif mode == "layers":
-        stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-        for layer in max(stacks, key=len):
-            layer.compile(dynamic=False)
+        for stack in _stacks(module):
+            for layer in stack:
+                layer.compile(dynamic=False)
+
+
+def _stacks(module: nn.Module) -> list[nn.ModuleList]:
+    """The longest list of layers, and others as long: T5 has two, and so has ELECTRA with its generator."""
+    named = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
+    outer = [part for name, part in named.items() if not any(name.startswith(f"{above}.") for above in named)]
+    longest = max(map(len, outer))
+    return [stack for stack in outer if len(stack) == longest]

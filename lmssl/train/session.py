@@ -34,6 +34,7 @@ from lmssl.objective.module import LossModule
 from lmssl.optim.ema import WeightAverage
 from lmssl.optim.groups import build_optimizer
 from lmssl.recipe.load import difference, load_recipe, resolved_yaml
+from lmssl.recipe.objective import seps_per_segment
 from lmssl.recipe.sections import Recipe
 from lmssl.shipped import find
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
@@ -291,6 +292,7 @@ def _open_stream(
         report=report,
         batches=recipe.batches,
         read_positions=read_positions,
+        seps_per_segment=seps_per_segment(recipe.objective),
     )
     stream.require_batch(recipe.batch_sequences)
     return stream

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from lmssl.objective.base import EmbeddingObjective, MicroBatch, Objective, SumObjective
 from lmssl.optim.ema import WeightAverage
 
+_PARTS_OF_BYTES = 1024
+"""Bytes of cut documents and of masked text are fractions; each rank sends whole numbers of such parts."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -74,7 +77,7 @@ def train_step(
     _update(optimizer, lr, finite)
     if average is not None:
         average.update(finite, step=step)
-    num_bytes, num_padding, stop = totals[-3].double(), totals[-2], totals[-1]
+    num_bytes, num_padding, stop = totals[-3].double() / _PARTS_OF_BYTES, totals[-2], totals[-1]
     return Measured(sums, counts, grad_norm, finite, num_bytes, num_padding, stop)
 
 
@@ -82,7 +85,7 @@ def _global_totals(micro_batches: Sequence[MicroBatch], accelerator: Accelerator
     """Counts of every term, then bytes, padding tokens and stop requests, summed over all ranks: one small vector."""
     terms = list(micro_batches[0].counts)
     local = [sum(m.counts[term] for m in micro_batches) for term in terms]
-    local += [round(sum(m.num_bytes for m in micro_batches))]
+    local += [round(sum(m.num_bytes for m in micro_batches) * _PARTS_OF_BYTES)]
     local += [sum(m.num_padding_tokens for m in micro_batches), int(stop_requested)]
     totals = torch.tensor(local, dtype=torch.int64).to(accelerator.device)
     reduced: Tensor = accelerator.reduce(totals, "sum")

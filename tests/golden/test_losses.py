@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,25 @@ from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
 
 GOLDEN = Path(__file__).parent / "losses.json"
-FAMILIES = {
-    "llama": {"kind": "llama", "num_key_value_heads": 1},
-    "qwen3": {"kind": "qwen3", "tie_word_embeddings": False},
-    "gpt2": {"kind": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2},
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model": {"kind": "llama", "num_key_value_heads": 1}},
+    "qwen3": {"model": {"kind": "qwen3", "tie_word_embeddings": False}},
+    "gpt2": {"model": {"kind": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}},
+    "masked": {
+        "tokenizer": {"path": "tokenizer/wordpiece-8k"},
+        "objective": {"kind": "masked", "final_rate": 0.15},
+        "model": {"kind": "bert"},
+    },
+    "hybrid": {
+        "tokenizer": {"path": "tokenizer/wordpiece-8k"},
+        "objective": {"kind": "hybrid", "strategy": "whole_word"},
+        "model": {"kind": "llama"},
+    },
+    "span": {
+        "tokenizer": {"path": "tokenizer/t5-8k"},
+        "objective": {"kind": "span"},
+        "model": {"kind": "t5", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2},
+    },
 }
 TOLERANCE = 2e-4
 """Relative, in float32: processors and thread counts differ in the order of summation, and twenty steps amplify it."""
@@ -42,9 +58,10 @@ def text(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses(family: str, text: Path, tmp_path: Path) -> None:
     recipe = small_recipe(text, tmp_path / "run", tmp_path / "cache", steps=20, **{"train.precision": "fp32"})
-    if family == "gpt2":
+    sections = FAMILIES[family]
+    if sections["model"]["kind"] in ("gpt2", "t5"):  # which name their sizes otherwise
         recipe["model"] = {}
-    recipe["model"] |= FAMILIES[family]
+    recipe |= sections | {"model": recipe["model"] | sections["model"]}
     out = train(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)))
     rows = metrics(out)
     found = {

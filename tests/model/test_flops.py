@@ -9,9 +9,18 @@ from transformers import PreTrainedModel
 from kinds import MASKED, PAD, SPAN, Tokens, with_attention
 from lmssl.errors import ModelError
 from lmssl.model.build import build_config, build_model
-from lmssl.model.flops import flops_per_token, has_formula, num_parameters, training_memory
+from lmssl.model.electra import ElectraPair
+from lmssl.model.flops import (
+    flops_per_token,
+    has_formula,
+    num_parameters,
+    trained_flops_per_token,
+    trained_parameters,
+    training_memory,
+)
 from lmssl.recipe.family import ModelBase
 from lmssl.recipe.model import FAMILIES, OtherModel
+from lmssl.recipe.objective import MaskedObjective, ReplacedObjective
 
 VOCAB, LENGTH = 1024, 256
 ROTARY = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 6}
@@ -158,3 +167,57 @@ def test_local_layers_meet_their_neighbourhood_only() -> None:
     near, far = (section("modernbert", {**WINDOWED, "local_attention": n}) for n in (9, 2 * LENGTH))
     more, less = (flops_per_token(model, vocab_size=VOCAB, sequence_length=LENGTH) for model in (far, near))
     assert more - less == 12 * 32 * 2 * (LENGTH - 9)
+
+
+PAIRS: list[tuple[dict[str, Any], float]] = [
+    (MASKED["electra"], 0.5),
+    ({**MASKED["electra"], "embedding_size": 32, "max_position_embeddings": 300}, 0.25),
+    ({**MASKED["electra"], "tie_word_embeddings": False, "type_vocab_size": 1}, 1.0),
+]
+
+
+def pair_of(sizes: dict[str, Any], ratio: float, device: str = "meta") -> ElectraPair:
+    config = build_config(
+        section("electra", sizes), objective="replaced", vocab_size=VOCAB, sequence_length=LENGTH, tokenizer=None
+    )
+    found = build_model(config, objective="replaced", seed=0, device=device, generator_ratio=ratio)
+    assert isinstance(found, ElectraPair)
+    return found
+
+
+@pytest.mark.parametrize(("sizes", "ratio"), PAIRS)
+def test_parameters_of_a_pair_are_those_of_the_built_one(sizes: dict[str, Any], ratio: float) -> None:
+    stock = pair_of(sizes, ratio)
+    objective = ReplacedObjective(kind="replaced", generator_ratio=ratio)
+    counted = trained_parameters(section("electra", sizes), objective, vocab_size=VOCAB, sequence_length=LENGTH)
+    assert counted.total == sum(p.numel() for p in stock.parameters())
+    tables = stock.discriminator.electra.embeddings.named_parameters()
+    assert counted.embedding == sum(p.numel() for name, p in tables if "LayerNorm" not in name)
+    assert counted.head == (0 if sizes.get("tie_word_embeddings", True) else VOCAB * sizes["embedding_size"])
+
+
+def test_flops_of_a_pair_agree_with_counted_forward_passes() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    stock, ids = pair_of(MASKED["electra"], 0.5, "cpu"), torch.zeros(1, LENGTH, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for part in (stock.discriminator, stock.generator):
+            with_attention(part, "eager")(input_ids=ids)
+    model, objective = section("electra", MASKED["electra"]), ReplacedObjective(kind="replaced", generator_ratio=0.5)
+    every, some = (
+        trained_flops_per_token(model, objective, vocab_size=VOCAB, sequence_length=LENGTH, target_ratio=ratio)
+        for ratio in (1.0, 0.25)
+    )
+    assert counter.get_total_flops() == pytest.approx(every * LENGTH / 3, rel=1e-3)
+    assert every - some == 6 * 0.75 * (16 * 16 + VOCAB * 16)
+
+
+def test_a_head_for_pairs_of_sentences_is_counted() -> None:
+    model = section("bert", MASKED["bert"])
+    config = build_config(model, objective="masked", vocab_size=VOCAB, sequence_length=LENGTH, tokenizer=None)
+    stock = build_model(config, objective="masked", seed=0, device="meta", sentences=True)
+    objective = MaskedObjective(kind="masked", sentence_task="next")
+    counted = trained_parameters(model, objective, vocab_size=VOCAB, sequence_length=LENGTH)
+    assert counted.total == sum(p.numel() for p in stock.parameters())
+    sizes = {"vocab_size": VOCAB, "sequence_length": LENGTH}
+    assert trained_flops_per_token(model, objective, **sizes) == flops_per_token(model, **sizes)

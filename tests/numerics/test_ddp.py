@@ -30,6 +30,27 @@ LAUNCHERS = {
 }
 
 
+ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "masked": {
+        "objective": {"kind": "masked", "final_rate": 0.15},
+        "model": {"kind": "bert", **ENCODER},
+        "data.packing": "none",
+    },
+    "masked, packed": {
+        "objective": {"kind": "masked", "strategy": "span"},
+        "model": {"kind": "modernbert", "local_attention": 16, **ENCODER},
+        "data.packing": "best_fit",
+        "train.batch_warmup": {"from_tokens": 64 * 8, "tokens": 64 * 24 * 5},
+    },
+    "hybrid": {
+        "objective": {"kind": "hybrid", "masked_ratio": 0.25},
+        "model": {"kind": "llama", **ENCODER},
+        "data.packing": "none",
+    },
+}
+
+
 def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
@@ -75,6 +96,42 @@ def test_two_processes_equal_one(tmp_path: Path, text_folder: Path, launcher: st
     theirs = tensors_of(checkpoint.find_step(tmp_path / "two", None), "model.safetensors")
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_term_and_metric_is_that_of_one_process(tmp_path: Path, text_folder: Path, objective: str) -> None:
+    """Two terms with counts of their own, accuracies, averages of the weights; target counts differ between ranks."""
+    changes = {
+        "tokenizer": {"path": "tokenizer/wordpiece-8k"},
+        "train.ema_decay": 0.99,
+        "train.tokens": 64 * 24 * 8,
+        "evaluate.every_steps": 4,
+        "schedule.warmup_tokens": 64 * 24,
+        **OBJECTIVES[objective],
+    }
+    one = launch(["-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "one", **changes))])
+    assert one.returncode == 0, one.stderr
+    both = [*LAUNCHERS["torchrun"], "-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "two", **changes))]
+    two = launch(both, ACCELERATE_USE_CPU="true")
+    assert two.returncode == 0, two.stderr
+    rows = list(zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True))
+    names = {name for name in rows[-1][0] if name.startswith("loss") or name.endswith("accuracy")}
+    assert names == (
+        {"loss", "loss_masked", "causal_accuracy", "masked_accuracy"} if objective == "hybrid" else {"loss", "accuracy"}
+    )
+    for a, b in rows:
+        same = ("kind", "step", "tokens", "num_targets", "next_position")
+        assert [a.get(name) for name in same] == [b.get(name) for name in same]
+        for name in names:
+            # An argmax between two all but equal logits may fall otherwise.
+            close = {"abs": 0.004} if name.endswith("accuracy") else {"rel": 2e-5}
+            assert b[name] == pytest.approx(a[name], **close), name
+        assert b["bits_per_byte"] == pytest.approx(a["bits_per_byte"], rel=3e-5)
+    for file in ("model.safetensors", checkpoint.AVERAGES):
+        ours, theirs = (tensors_of(checkpoint.find_step(tmp_path / name, None), file) for name in ("one", "two"))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(tmp_path: Path, text_folder: Path) -> None:

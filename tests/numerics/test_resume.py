@@ -16,6 +16,23 @@ import pytest
 from lmssl import checkpoint
 from runs import metrics, small_recipe, tensors_of, write_recipe
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+WORDPIECE = {"tokenizer": {"path": "tokenizer/wordpiece-8k"}}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "masked": WORDPIECE
+    | {
+        "objective": {"kind": "masked", "final_rate": 0.1, "decay_ratio": 0.6, "strategy": "whole_word"},
+        "model": {"kind": "bert", "hidden_dropout_prob": 0.1, **SIZES},
+        "train.ema_decay": 0.99,
+    },
+    "hybrid": WORDPIECE | {"objective": {"kind": "hybrid", "final_rate": 0.1}, "model": {"kind": "llama", **SIZES}},
+    "span": {
+        "tokenizer": {"path": "tokenizer/t5-8k"},
+        "objective": {"kind": "span"},
+        "model": {"kind": "t5", "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2},
+    },
+}
+
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
@@ -50,7 +67,10 @@ def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def assert_equal_runs(first: Path, second: Path) -> None:
     a, b = checkpoint.find_step(first, None), checkpoint.find_step(second, None)
     assert a.step == b.step
-    for name in ("model.safetensors", "optim.safetensors"):
+    names = [
+        name for name in ("model.safetensors", "optim.safetensors", checkpoint.AVERAGES) if (a.path / name).exists()
+    ]
+    for name in names:
         ours, theirs = tensors_of(a, name), tensors_of(b, name)
         assert ours.keys() == theirs.keys()
         assert all(ours[key].equal(theirs[key]) for key in ours)
@@ -75,6 +95,25 @@ def test_killed_twice_equals_uninterrupted(tmp_path: Path, text_folder: Path, co
     sessions = (tmp_path / "killed" / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(sessions[0])["from_step"] == 0
     assert all(json.loads(line)["from_step"] >= 4 for line in sessions[1:])
+
+
+@pytest.mark.parametrize(
+    "objective", ["masked", *(pytest.param(o, marks=pytest.mark.slow) for o in ("hybrid", "span"))]
+)
+def test_masks_and_their_rate_continue(tmp_path: Path, text_folder: Path, objective: str) -> None:
+    """Killed while the rate goes down; the kill falls between checkpoints, so that steps are made twice."""
+    change = {"checkpoint.every_steps": 5, **OBJECTIVES[objective]}
+    whole = small_recipe(text_folder, tmp_path / "whole", tmp_path / "cache", steps=16, **change)
+    finish(write_recipe(tmp_path / "whole.yaml", whole))
+    killed = small_recipe(text_folder, tmp_path / "killed", tmp_path / "cache", steps=16, **change)
+    recipe = write_recipe(tmp_path / "killed.yaml", killed)
+    assert interrupt_at(recipe, tmp_path / "killed", 8, signal.SIGKILL) == -signal.SIGKILL
+    finish(recipe)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "killed" / "sessions.jsonl").read_text(encoding="utf-8").count("\n") == 2
+    if objective == "masked":
+        targets = [row["num_targets"] for row in metrics(tmp_path / "killed") if row["kind"] == "train"]
+        assert targets[-1] < 0.5 * targets[0]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

@@ -12,7 +12,16 @@ from lmssl.tokenizer.build import load_build
 from lmssl.tokenizer.encode import Encoder, adversarial_texts
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
-SIZES = {"bpe-4k": 4096, "bpe-16k": 16384, "bpe-32k": 32768, "wordpiece-8k": 8192, "unigram-8k": 8192, "t5-8k": 8192}
+SIZES = {
+    "bpe-4k": 4096,
+    "bpe-16k": 16384,
+    "bpe-32k": 32768,
+    "bpe-32k-masked": 32768,
+    "wordpiece-8k": 8192,
+    "wordpiece-30k": 30528,
+    "unigram-8k": 8192,
+    "t5-8k": 8192,
+}
 MODELS = {"BPE": "bpe", "WordPiece": "wordpiece", "Unigram": "unigram"}
 
 

@@ -1,0 +1,86 @@
+"""Exports of BERT with its task for pairs: the class that knows both, and the usual one that fills masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, BertForPreTraining, pipeline
+
+from lmssl import checkpoint
+from lmssl.data.batch import SequenceBatch
+from lmssl.data.stream import SequenceStream
+from lmssl.export import export_run, load_model
+from lmssl.objective.build import build_objective
+from lmssl.objective.module import LossModule
+from lmssl.recipe.load import load_recipe
+from lmssl.recipe.objective import seps_per_segment
+from lmssl.tokenizer.load import load_tokenizer
+from lmssl.train.run import train
+from runs import metrics, small_recipe, write_recipe
+
+MODEL = {
+    "kind": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("sentence")
+    recipe = small_recipe(text_folder, folder / "run", folder / "cache", steps=3)
+    recipe |= {"tokenizer": {"path": "tokenizer/wordpiece-8k"}, "model": MODEL}
+    recipe["objective"] = {"kind": "masked", "sentence_task": "next"}
+    run = train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)))
+    export_run(run, None, folder / "out", lambda _: None)
+    return folder / "out"
+
+
+def test_the_sentence_loss_after_reloading_is_that_before(exported: Path) -> None:
+    """Ours on packed rows, from the checkpoint, against the stock class on each pair, from the export."""
+    run = exported.parent / "run"
+    recipe, tokenizer = load_recipe(run / "recipe.yaml").recipe, load_tokenizer(run / "tokenizer")
+    seps = seps_per_segment(recipe.objective)
+    cache = Path(recipe.data.cache)
+    stream = SequenceStream.open(recipe.data, tokenizer, recipe.data_seed, cache, seps_per_segment=seps)
+    (split,) = stream.validation()
+    rows = SequenceBatch.of([(i, split.window, i) for i in range(8)], split.window.layout)
+    objective = build_objective(recipe, tokenizer, num_positions=1000)
+    micro, model = objective.prepare(rows, evaluation=True), load_model(checkpoint.find_step(run, None))
+    with torch.no_grad():
+        before = LossModule(model, objective, bf16=False).eval()(micro.inputs)["sentence"]
+    stock, total = AutoModelForPreTraining.from_pretrained(exported).eval(), torch.zeros(())
+    assert type(stock) is BertForPreTraining and micro.counts["sentence"] > 4
+    for row in range(8):
+        kept = micro.inputs["follows_BP"][row] >= 0
+        for place, follows in zip(
+            micro.inputs["heads_BP"][row][kept], micro.inputs["follows_BP"][row][kept], strict=True
+        ):
+            segments = micro.inputs["segments_BT"][row]
+            inside = segments == segments[place]
+            ids, types = micro.inputs["ids_BT"][row][inside][None], micro.inputs["types_BT"][row][inside][None]
+            with torch.no_grad():
+                logits = stock(input_ids=ids, token_type_ids=types).seq_relationship_logits
+            total = total + torch.nn.functional.cross_entropy(logits, follows[None])
+    torch.testing.assert_close(total, before, rtol=1e-5, atol=1e-4)
+
+
+def test_it_also_is_a_masked_model(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == ["BertForPreTraining"] and config["type_vocab_size"] == 2
+    both, masked = (auto.from_pretrained(exported) for auto in (AutoModelForPreTraining, AutoModelForMaskedLM))
+    ids = torch.arange(10, 20)[None]
+    torch.testing.assert_close(masked(input_ids=ids).logits, both(input_ids=ids).prediction_logits)
+    fill = pipeline("fill-mask", model=str(exported), device="cpu")
+    assert len(fill(f"The {fill.tokenizer.mask_token} statement is executed first.", top_k=3)) == 3
+
+
+def test_metrics_tell_of_both(exported: Path) -> None:
+    rows = metrics(exported.parent / "run")
+    assert rows[0]["loss_sentence"] == pytest.approx(0.693, rel=0.1)
+    assert all(0 <= row["sentence_accuracy"] <= 1 and 0 < row["paired_ratio"] <= 1 for row in rows)
