@@ -177,6 +177,12 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     rope = written.get("rope_parameters") or {}
     if "rope_theta" in rope:
         written["rope_theta"] = rope["rope_theta"]
+    if config.model_type == "modernbert":  # version 4 knows its layers and rotations by these names only
+        layers = written["layer_types"]
+        rest = (i for i, kind in enumerate(layers) if i and kind == "full_attention")
+        written["global_attn_every_n_layers"] = next(rest, len(layers))
+        written["global_rope_theta"] = rope["full_attention"]["rope_theta"]
+        written["local_rope_theta"] = rope["sliding_attention"]["rope_theta"]
     written["torch_dtype"] = written.get("dtype", "float32")
     written["architectures"] = [type(model).__name__]
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

@@ -32,14 +32,14 @@ assert not any(said.values()), said
 model.eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 with torch.no_grad():
-    logits = model(input_ids=torch.arange(40)[None] * 7 % 4000).logits[0]
+    logits = model(input_ids=(torch.arange(40)[None] * 7 + 5) % 4000).logits[0]
 text = "def naive(x):\\n\\treturn  'a b' + str(12345)  # <|endoftext|> is text here?"
 print(json.dumps({
     "version": transformers.__version__,
     "logits": logits.flatten().tolist(),
     "ids": tokenizer(text)["input_ids"],
     "inputs": list(tokenizer(text)),
-    "eos": [getattr(model, "generation_config", model.config).eos_token_id, tokenizer.eos_token_id],
+    "eos": [(getattr(model, "generation_config", None) or model.config).eos_token_id, tokenizer.eos_token_id],
     "mask": tokenizer.mask_token_id,
 }))
 """

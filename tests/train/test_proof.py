@@ -51,9 +51,7 @@ def scaled(factor: float) -> Callable[..., Any]:
 
     def compiler(graph: Callable[..., Any], _inputs: Any) -> Any:
         def run(*values: Any) -> list[Any]:
-            return [
-                x * factor if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*values)
-            ]
+            return [x * factor if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*values)]
 
         return make_boxed_func(run)
 
