@@ -116,6 +116,7 @@ def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, number
     }
     path = folder / f"recipe-{number}.yaml"
     path.write_text(json.dumps(recipe), encoding="utf-8")
+    run([sys.executable, "-m", "lmssl", "prepare", str(path)])  # the peers tokenize before their first step, too
     run([sys.executable, "-m", "lmssl", "train", str(path)])
     lines = (folder / f"run-{number}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

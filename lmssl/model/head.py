@@ -43,8 +43,8 @@ def loss_and_correct(
 ) -> tuple[Tensor, Tensor]:
     """`summed_cross_entropy` of a head that may have a bias, and how many targets it predicts, two float32 scalars.
 
-    A target is predicted if its logit is the largest; of several equal ones only the first token's counts, because
-    scoring every tie as correct would make a model of equal logits perfect.
+    A target is predicted if its logit is the largest and no other equals it: scoring ties as correct would make a model
+    of equal logits perfect.
 
     Args:
         bias_V: added to the logits in float32; None where the head has none.
@@ -77,7 +77,12 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def _correct(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return (logits_NV.argmax(-1) == targets_N).sum().float()  # no index is `IGNORE`
+    """Targets that no other token reaches: a tie is no right answer, and counting ties is quicker than `argmax`."""
+    kept_N = targets_N != IGNORE
+    top_N1 = logits_NV.amax(-1, keepdim=True)
+    alone_N = (logits_NV >= top_N1).sum(-1) == 1
+    picked_N1 = logits_NV.gather(1, torch.where(kept_N, targets_N, 0)[:, None])
+    return ((picked_N1 == top_N1)[:, 0] & alone_N & kept_N).sum().float()
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -86,7 +91,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden: list[Tensor] = []
-        grad_weight_DV = torch.zeros_like(weight_VD.t(), dtype=torch.float32, memory_format=torch.contiguous_format)
+        grad_weight_DV: Tensor | None = None
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None]
@@ -94,7 +99,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
             total = total + loss
             # Rows that predict nothing are taken out here, where they are D wide, and not from the V wide gradient.
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
-            grad_weight_DV = _plus_product(grad_weight_DV, hidden_ND[part] * kept_N1, grad_logits_NV)
+            grad_weight_DV = _add_product(grad_weight_DV, hidden_ND[part] * kept_N1, grad_logits_NV)
+        assert grad_weight_DV is not None, "no targets' places"
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_DV.t().contiguous().to(weight_VD.dtype))
         return total
 
@@ -113,7 +119,7 @@ class _LossAndCorrect(torch.autograd.Function):
         total, correct = (hidden_ND.new_zeros((), dtype=torch.float32) for _ in range(2))
         grad_hidden: list[Tensor] = []
         width = hidden_ND.shape[1]
-        grad_DV = torch.zeros((width + 1, weight_VD.shape[0]), dtype=torch.float32, device=weight_VD.device)
+        grad_DV: Tensor | None = None
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None].to(hidden_ND.dtype)
@@ -124,7 +130,8 @@ class _LossAndCorrect(torch.autograd.Function):
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
             # The bias is the weight of a hidden unit that is 1 wherever there is a target: one more row of a product.
             seen_ND = torch.cat([hidden_ND[part] * kept_N1, kept_N1], dim=1)
-            grad_DV = _plus_product(grad_DV, seen_ND, grad_logits_NV)
+            grad_DV = _add_product(grad_DV, seen_ND, grad_logits_NV)
+        assert grad_DV is not None, "no targets' places"
         grad_weight_VD = grad_DV[:width].t().contiguous().to(weight_VD.dtype)
         grad_bias_V = None if bias_V is None else grad_DV[width].to(bias_V.dtype)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD, grad_bias_V)
@@ -138,14 +145,22 @@ class _LossAndCorrect(torch.autograd.Function):
         return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], grad_bias_V, None, None
 
 
+def _add_product(total_DV: Tensor | None, left_ND: Tensor, right_NV: Tensor) -> Tensor:
+    """`total_DV + left_ND.T @ right_NV`, or the product alone, in float32."""
+    if total_DV is None:
+        # [D, N] @ [N, V] runs faster on CPU than the transpose of the wide matrix times hidden states.
+        return (left_ND.t().contiguous() @ right_NV).float()
+    found: Tensor = _plus_product(total_DV, left_ND, right_NV)
+    return found
+
+
 @torch.library.custom_op("lmssl::plus_product", mutates_args=())
 def _plus_product(total_DV: Tensor, left_ND: Tensor, right_NV: Tensor) -> Tensor:
-    """`total_DV + left_ND.T @ right_NV`, in float32; an operator that the compiler does not look into.
+    """`total_DV + left_ND.T @ right_NV`; an operator that the compiler does not look into.
 
     It would transpose bfloat16 tiles of two matrices in one loop, and gcc 12 at -O3 makes garbage of that on CPUs with
     AVX-512 (torch 2.13; without SLP vectorisation it does not).
     """
-    # [D, N] @ [N, V] runs faster on CPU than the transpose of the wide matrix times hidden states.
     return total_DV + left_ND.t().contiguous() @ right_NV
 
 
@@ -171,11 +186,13 @@ def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def chunk_size(num_targets: int, vocab_size: int, *, logits_bytes: int = 2**26) -> int:
-    """Targets per chunk so that float32 logits of one chunk take about `logits_bytes` (64 MiB).
+    """Targets per chunk so that float32 logits of one chunk take about `logits_bytes` (64 MiB), all at once twice that.
 
     >>> chunk_size(8192, 16384)
     1024
     """
+    if 4 * vocab_size * num_targets <= 2 * logits_bytes:
+        return num_targets  # a short second chunk costs more than it saves
     size = max(256, logits_bytes // (4 * vocab_size))
     size = 1 << (size.bit_length() - 1)  # a power of two divides the usual target counts: one shape, one kernel
     return min(size, num_targets)
