@@ -223,7 +223,7 @@ def export(
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Export the moving average that train.ema_decay kept.")] = False,
 ) -> None:
-    """Write a checkpoint as a folder for AutoModelForCausalLM, proven equal in a fresh process."""
+    """Write a checkpoint as a folder that stock Auto classes load, proven equal in a fresh process."""
     from lmssl.export import export_run
 
     export_run(run, step, out or run / ("export-ema" if ema else "export"), ema=ema)

@@ -20,19 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 from lmssl import checkpoint
 from lmssl.card import AUTO_CLASSES, write_card
 from lmssl.errors import CheckpointError, ExportError
-from lmssl.model.build import build_recipe_model
+from lmssl.model.build import SPAN_KINDS, build_recipe_model
 from lmssl.model.electra import ElectraPair
+from lmssl.model.encoder import ROBERTA_KINDS
 from lmssl.recipe.load import load_recipe
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """What an export takes from a tokenizer folder; nothing else travels."""
-
-PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-"""Families whose position ids begin after the padding id."""
-
-RELATIVE_POSITIONS = ("t5", "mt5", "umt5")
-"""Families that read texts of any length."""
 
 LOGITS_TOLERANCE = 1e-4
 """Largest difference of float32 logits between the checkpoint and the export; document and stock attention differ in
@@ -196,9 +191,9 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
 def _max_tokens(config: Any) -> int | None:
     """The longest text a model reads, special tokens included; None: no limit."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
-    if config.model_type in PADDED_POSITIONS and positions is not None:
+    if config.model_type in ROBERTA_KINDS and positions is not None:
         return positions - int(config.pad_token_id) - 1  # its positions begin after that of padding
-    if config.model_type in RELATIVE_POSITIONS:
+    if config.model_type in SPAN_KINDS:
         return None
     return positions or getattr(config, "n_positions", None)
 

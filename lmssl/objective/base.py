@@ -9,8 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
@@ -31,6 +33,11 @@ class MicroBatch:
     """Bytes of text that the first term's loss is spread over."""
     num_padding_tokens: int
     """Tokens that hold no text."""
+
+
+def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    """NumPy arrays of any types as tensors on CPU, sharing their memory where they are contiguous."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
 class SumObjective(ABC):

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.attention import document_kwargs
 from lmssl.model.head import IGNORE, chunk_size, output_weight, summed_cross_entropy
-from lmssl.objective.base import MicroBatch, SumObjective
+from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +47,7 @@ class CausalObjective(SumObjective):
             offsets_BT = np.tile(np.arange(ids_BT.shape[1], dtype=np.int64), (ids_BT.shape[0], 1))
         inputs = {"ids_BT": ids_BT, "segments_BT": segments_BT, "offsets_BT": offsets_BT, "targets_BT": targets_BT}
         return MicroBatch(
-            inputs={name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()},
+            inputs=as_tensors(inputs),
             counts={"causal": int(following.sum())},
             num_bytes=float(batch.num_bytes_B.sum()),
             num_padding_tokens=int((segments_BT == 0).sum()),

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.data.order import exactly
 from lmssl.model.head import IGNORE, chunk_size, loss_and_correct, output_weight
-from lmssl.objective.base import MicroBatch, SumObjective
+from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
 from lmssl.objective.draws import uniforms
 from lmssl.objective.masking import Masking
 from lmssl.objective.prefix import prefix_kwargs
@@ -68,7 +67,7 @@ class HybridObjective(SumObjective):
         }
         num_causal, num_masked = int((causal_BT != IGNORE).sum()), int((masked_BC != IGNORE).sum())
         return MicroBatch(
-            inputs={name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()},
+            inputs=as_tensors(inputs),
             counts={
                 "causal": num_causal,
                 "masked": num_masked,

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.head import IGNORE, chunk_size, loss_and_correct
-from lmssl.objective.base import MicroBatch, SumObjective
+from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
 from lmssl.objective.masking import Masking
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class MaskedObjective(SumObjective):
             "targets_BC": masked.targets_BC,
         }
         return MicroBatch(
-            inputs={name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()},
+            inputs=as_tensors(inputs),
             counts={"masked": num_targets, "accuracy": num_targets},
             num_bytes=float(masked_bytes(batch, masked.targets_BC, self.surface_bytes).sum()),
             num_padding_tokens=int((batch.segments_BT == 0).sum()),
@@ -63,7 +62,7 @@ class MaskedObjective(SumObjective):
 
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Summed cross-entropy at the targets, and how many of them the model ranks first."""
-        from lmssl.model.encoder import encode
+        from lmssl.model.encoder import encode  # here, for loader workers must not pay for importing transformers
 
         hidden_BTD = encode(
             model, inputs["ids_BT"], inputs["segments_BT"], inputs["offsets_BT"], documents=self.document_attention

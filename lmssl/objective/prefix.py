@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.head import IGNORE, chunk_size, loss_and_correct, output_weight
-from lmssl.objective.base import MicroBatch, SumObjective
+from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
 from lmssl.objective.draws import uniforms
 from lmssl.objective.masked import masked_bytes
 
@@ -63,7 +63,7 @@ class PrefixObjective(SumObjective):
         }
         num_targets = int(predicted_BT.sum())
         return MicroBatch(
-            inputs={name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()},
+            inputs=as_tensors(inputs),
             counts={"prefix": num_targets, "accuracy": num_targets},
             num_bytes=float(masked_bytes(batch, targets_BT, self.surface_bytes).sum()),
             num_padding_tokens=int((segments_BT == 0).sum()),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.head import IGNORE, chunk_size, loss_and_correct
-from lmssl.objective.base import MicroBatch, SumObjective
+from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
 from lmssl.objective.masked import at_targets, masked_bytes, stream_offsets
 from lmssl.objective.masking import Draws, Masked, Masking
 
@@ -63,7 +63,7 @@ class ReplacedObjective(SumObjective):
             "keys_BC2": self._keys(batch, masked.places_BC, evaluation),
         }
         return MicroBatch(
-            inputs={name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()},
+            inputs=as_tensors(inputs),
             counts={
                 "masked": num_targets,
                 "replaced": num_tokens,

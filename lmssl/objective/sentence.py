@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.head import IGNORE
-from lmssl.objective.base import MicroBatch
+from lmssl.objective.base import MicroBatch, as_tensors
 from lmssl.objective.masked import MaskedObjective, at_targets, masked_loss
 from lmssl.objective.pairs import Pairs
 
@@ -50,8 +48,7 @@ class SentenceObjective(MaskedObjective):
         num_pairs = int((paired.targets_BP != IGNORE).sum())
         return replace(
             micro,
-            inputs=micro.inputs
-            | {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()},
+            inputs=micro.inputs | as_tensors(inputs),
             counts=micro.counts
             | {"sentence": num_pairs, "sentence_accuracy": num_pairs, "paired_ratio": paired.num_segments},
         )

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from lmssl.recipe.base import Float, Int
-from lmssl.recipe.family import DrawnModel, ModelBase
+from lmssl.recipe.family import DrawnModel, ModelBase, RotaryModel
 
 
 class _BertLike(DrawnModel):
@@ -93,25 +93,11 @@ class ModernBertModel(DrawnModel):
     classifier_activation: str = "gelu"
 
 
-class EuroBertModel(DrawnModel):
+class EuroBertModel(RotaryModel):
     """`EuroBertForMaskedLM`: llama, seeing in both directions."""
 
     kind: Literal["eurobert"]
-    hidden_size: Int = Field(ge=1)
-    intermediate_size: Int = Field(ge=1)
-    num_hidden_layers: Int = Field(ge=1)
-    num_attention_heads: Int = Field(ge=1)
-    num_key_value_heads: Int | None = Field(default=None, ge=1)
-    """Null: as many as attention heads."""
-    head_dim: Int | None = Field(default=None, ge=1)
-    """Null: hidden_size / num_attention_heads."""
-    max_position_embeddings: Int | None = Field(default=None, ge=1)
-    """Null: `data.sequence_length`."""
-    rope_theta: Float = Field(default=10_000.0, gt=0)
     rms_norm_eps: Float = Field(default=1e-5, gt=0)
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    attention_dropout: Float = Field(default=0.0, ge=0, lt=1)
     mlp_bias: bool = False
     """Of the feed-forward layers, and of the head."""
 

@@ -23,3 +23,24 @@ class DrawnModel(ModelBase):
 
     initializer_range: Float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights."""
+
+
+class RotaryModel(DrawnModel):
+    """Fields of llama and those built after it."""
+
+    kind: str
+    hidden_size: Int = Field(ge=1)
+    intermediate_size: Int = Field(ge=1)
+    num_hidden_layers: Int = Field(ge=1)
+    num_attention_heads: Int = Field(ge=1)
+    num_key_value_heads: Int | None = Field(default=None, ge=1)
+    """Null: as many as attention heads."""
+    head_dim: Int | None = Field(default=None, ge=1)
+    """Null: hidden_size / num_attention_heads."""
+    max_position_embeddings: Int | None = Field(default=None, ge=1)
+    """Null: `data.sequence_length`."""
+    rope_theta: Float = Field(default=10_000.0, gt=0)
+    rms_norm_eps: Float = Field(default=1e-6, gt=0)
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_dropout: Float = Field(default=0.0, ge=0, lt=1)

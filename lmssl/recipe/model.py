@@ -21,50 +21,20 @@ from lmssl.recipe.encoders import (
     T5Model,
     encoder_sizes,
 )
-from lmssl.recipe.family import DrawnModel, ModelBase
+from lmssl.recipe.family import DrawnModel, ModelBase, RotaryModel
 
 
-class LlamaModel(DrawnModel):
+class LlamaModel(RotaryModel):
     """`LlamaForCausalLM`."""
 
     kind: Literal["llama"]
-    hidden_size: Int = Field(ge=1)
-    intermediate_size: Int = Field(ge=1)
-    num_hidden_layers: Int = Field(ge=1)
-    num_attention_heads: Int = Field(ge=1)
-    num_key_value_heads: Int | None = Field(default=None, ge=1)
-    """Null: as many as attention heads."""
-    head_dim: Int | None = Field(default=None, ge=1)
-    """Null: hidden_size / num_attention_heads."""
-    max_position_embeddings: Int | None = Field(default=None, ge=1)
-    """Null: `data.sequence_length`."""
-    rope_theta: Float = Field(default=10_000.0, gt=0)
-    rms_norm_eps: Float = Field(default=1e-6, gt=0)
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    attention_dropout: Float = Field(default=0.0, ge=0, lt=1)
     mlp_bias: bool = False
 
 
-class Qwen3Model(DrawnModel):
+class Qwen3Model(RotaryModel):
     """`Qwen3ForCausalLM`: llama with normalised queries and keys."""
 
     kind: Literal["qwen3"]
-    hidden_size: Int = Field(ge=1)
-    intermediate_size: Int = Field(ge=1)
-    num_hidden_layers: Int = Field(ge=1)
-    num_attention_heads: Int = Field(ge=1)
-    num_key_value_heads: Int | None = Field(default=None, ge=1)
-    """Null: as many as attention heads."""
-    head_dim: Int | None = Field(default=None, ge=1)
-    """Null: hidden_size / num_attention_heads."""
-    max_position_embeddings: Int | None = Field(default=None, ge=1)
-    """Null: `data.sequence_length`."""
-    rope_theta: Float = Field(default=10_000.0, gt=0)
-    rms_norm_eps: Float = Field(default=1e-6, gt=0)
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    attention_dropout: Float = Field(default=0.0, ge=0, lt=1)
 
 
 class Gpt2Model(DrawnModel):

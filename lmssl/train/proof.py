@@ -33,8 +33,8 @@ def compiled_difference(module: LossModule, inputs: Mapping[str, Tensor], weight
         return f"a loss of {loss:.4g} instead of {plain_loss:.4g}"
     whole = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
     for name, gradient in plain.items():
-        difference = (compiled[name] - gradient).norm()
-        if not difference <= GRADIENT_TOLERANCE * gradient.norm() + NOISE_RATIO * whole:  # NaN is no difference, too
+        difference = (compiled[name] - gradient).norm()  # NaN is not below the limit, hence "not" and "<="
+        if not difference <= GRADIENT_TOLERANCE * gradient.norm() + NOISE_RATIO * whole:
             ratio = float(difference / gradient.norm().clamp(min=1e-30))
             return f"a gradient of {name} that differs by {ratio:.1%}"
     return None
