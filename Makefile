@@ -1,12 +1,14 @@
 # make demo    train a small model on the text every Python ships, end to end
 # make test    the quick tests            make test-all   the slow ones
 # make lint    ruff and mypy              make bench      speed of training on this machine
+# make torture kill a run at 20 random moments and compare
 # make clean   remove the environment and everything built
 #
-# PYTHON=python3.12 picks the interpreter, VENV=path the environment.
+# PYTHON=python3.12 picks the interpreter, VENV=path the environment, JOBS=4 how many tests run at once.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lmssl-installed
 EXTRAS := fast,dev
@@ -16,7 +18,7 @@ PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c con
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test test-all bench clean
+.PHONY: help install demo lint test test-all bench torture clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -42,13 +44,17 @@ lint: install
 	"$(BIN)/python" -m mypy --strict lmssl
 
 test: install
-	"$(BIN)/python" -m pytest -m "not slow" --durations=10
+	"$(BIN)/python" -m pytest -m "not slow" -n $(JOBS) --dist loadfile --durations=10
 
 test-all: install
-	"$(BIN)/python" -m pytest -m slow --durations=10
+	"$(BIN)/python" -m pytest -m slow -n $(JOBS) --dist loadfile --durations=10
 
 bench: install
 	"$(BIN)/python" benchmarks/bench_train.py
+
+torture: install
+	"$(BIN)/python" tests/torture.py --kills 20
+	"$(BIN)/python" tests/torture.py --kills 20 --processes 2
 
 clean:
 	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

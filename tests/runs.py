@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lmssl import checkpoint
 from lmssl.checkpoint import Checkpoint
 
 
@@ -66,5 +67,24 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors_of(found: Checkpoint, name: str) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint's file."""
-    return found.tensors(name)
+    """Tensors of a group, such as model, by the group's name or its file's."""
+    return dict(found.tensors(name.removesuffix(".safetensors")))
+
+
+def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics without what differs between equal runs."""
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Bit for bit the same last checkpoint and the same metrics."""
+    a, b = checkpoint.find_step(first, None), checkpoint.find_step(second, None)
+    assert a.step == b.step
+    assert a.groups == b.groups
+    for name in a.groups:
+        ours, theirs = tensors_of(a, name), tensors_of(b, name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+    assert json.loads(a.text("state.json")) == json.loads(b.text("state.json"))
+    assert a.text("ledger.jsonl") == b.text("ledger.jsonl")
+    assert without_clock(metrics(first)) == without_clock(metrics(second))

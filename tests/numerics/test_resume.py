@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lmssl import checkpoint
-from runs import metrics, small_recipe, tensors_of, write_recipe
+from runs import assert_equal_runs, metrics, small_recipe, write_recipe
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDPIECE = {"tokenizer": {"path": "tokenizer/wordpiece-8k"}}
@@ -58,25 +58,6 @@ def interrupt_at(recipe: Path, run: Path, step: int, how: signal.Signals) -> int
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0, f"the run ended before step {step} could be interrupted: {stderr.decode()}"
     return process.returncode
-
-
-def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
-
-
-def assert_equal_runs(first: Path, second: Path) -> None:
-    a, b = checkpoint.find_step(first, None), checkpoint.find_step(second, None)
-    assert a.step == b.step
-    names = [
-        name for name in ("model.safetensors", "optim.safetensors", checkpoint.AVERAGES) if (a.path / name).exists()
-    ]
-    for name in names:
-        ours, theirs = tensors_of(a, name), tensors_of(b, name)
-        assert ours.keys() == theirs.keys()
-        assert all(ours[key].equal(theirs[key]) for key in ours)
-    assert json.loads(a.text("state.json")) == json.loads(b.text("state.json"))
-    assert a.text("ledger.jsonl") == b.text("ledger.jsonl")
-    assert without_clock(metrics(first)) == without_clock(metrics(second))
 
 
 @pytest.mark.parametrize("compiled", ["off", pytest.param("model", marks=pytest.mark.slow)])
