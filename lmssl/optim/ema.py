@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def decay_at(decay: float, step: int) -> float:
@@ -24,15 +24,14 @@ def decay_at(decay: float, step: int) -> float:
 class WeightAverage:
     """The moving average of every weight of a model: float32, where and as the weight is, by its name.
 
-    It begins as a copy of the weights. Replicated weights have replicated averages: equal updates on every rank.
+    It begins as a copy of the weights: of all of each, or of the part of it that this process holds. Replicated weights
+    have replicated averages: equal updates on every rank.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         self._decay = decay
-        self._parameters = dict(model.named_parameters())
-        self.averages = {
-            name: weight.detach().to(torch.float32, copy=True) for name, weight in self._parameters.items()
-        }
+        self._weights = dict(weights)
+        self.averages = {name: weight.detach().to(torch.float32, copy=True) for name, weight in self._weights.items()}
 
     def update(self, finite: Tensor, *, step: int) -> None:
         """Move towards the weights after an update; not at all where the update was not made.
@@ -45,10 +44,4 @@ class WeightAverage:
             # a + 0 * (b - a) is a: weights are finite, since an update that is not finite is never made.
             share = (1.0 - decay_at(self._decay, step)) * finite.float()
             averages = list(self.averages.values())
-            torch._foreach_lerp_(averages, list(self._parameters.values()), [share] * len(averages))
-
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Take up what a checkpoint holds."""
-        with torch.no_grad():
-            for name, average in self.averages.items():
-                average.copy_(averages[name])
+            torch._foreach_lerp_(averages, list(self._weights.values()), [share] * len(averages))

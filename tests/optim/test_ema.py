@@ -34,7 +34,7 @@ def moved(model: nn.Module) -> None:
 
 def test_it_is_the_weighted_mean_of_the_weights_so_far() -> None:
     model = tied()
-    average = WeightAverage(model, 0.3)
+    average = WeightAverage(dict(model.named_parameters()), 0.3)
     assert list(average.averages) == [name for name, _ in model.named_parameters()]
     expected = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
     for step in range(6):
@@ -50,7 +50,7 @@ def test_it_is_the_weighted_mean_of_the_weights_so_far() -> None:
 
 def test_it_starts_as_a_copy_that_the_optimiser_does_not_move() -> None:
     model = tied()
-    average = WeightAverage(model, 0.999)
+    average = WeightAverage(dict(model.named_parameters()), 0.999)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     moved(model)
     assert all(torch.equal(average.averages[name], weight) for name, weight in before.items())
@@ -58,7 +58,7 @@ def test_it_starts_as_a_copy_that_the_optimiser_does_not_move() -> None:
 
 def test_a_step_without_update_leaves_every_bit() -> None:
     model = tied()
-    average = WeightAverage(model, 0.9)
+    average = WeightAverage(dict(model.named_parameters()), 0.9)
     moved(model)
     average.update(YES, step=0)
     before = {name: found.clone() for name, found in average.averages.items()}
@@ -85,11 +85,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
 
 def test_an_interrupted_run_ends_with_the_same_averages(run: Path) -> None:
     whole = checkpoint.find_step(run, None)
-    expected = {name: tensors_of(whole, name) for name in ("model.safetensors", checkpoint.AVERAGES)}
-    assert expected["model.safetensors"].keys() == expected[checkpoint.AVERAGES].keys()
-    assert not all(
-        tensor.equal(expected["model.safetensors"][name]) for name, tensor in expected["ema.safetensors"].items()
-    )
+    expected = {name: tensors_of(whole, name) for name in ("model", "ema")}
+    assert expected["model"].keys() == expected["ema"].keys()
+    assert not all(tensor.equal(expected["model"][name]) for name, tensor in expected["ema"].items())
     rows = metrics(run)
     shutil.rmtree(whole.path)
     shutil.rmtree(checkpoint.find_step(run, 6).path)
@@ -108,7 +106,7 @@ def test_averaging_changes_nothing_in_training(run: Path, tmp_path: Path, text_f
     found = checkpoint.find_step(other, None)
     weights = tensors_of(checkpoint.find_step(run, None), "model.safetensors")
     assert all(tensor.equal(weights[name]) for name, tensor in tensors_of(found, "model.safetensors").items())
-    assert not (found.path / checkpoint.AVERAGES).exists()
+    assert not (found.path / "ema.safetensors").exists()
     with pytest.raises(CheckpointError, match="kept no moving average.*\n.*\n.*without --ema"):
         export_run(other, None, tmp_path / "out", lambda _: None, ema=True)
 
@@ -118,14 +116,14 @@ def test_averages_are_exported_on_request(run: Path, tmp_path: Path) -> None:
 
     export_run(run, None, tmp_path / "out", lambda _: None, ema=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    averages = tensors_of(checkpoint.find_step(run, None), checkpoint.AVERAGES)
+    averages = tensors_of(checkpoint.find_step(run, None), "ema")
     assert all(torch.equal(averages[name], weight) for name, weight in model.named_parameters())
     assert "moving average over training steps (decay 0.5)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_damaged_averages_make_no_checkpoint(run: Path) -> None:
     path = checkpoint.find_step(run, 3).path
-    content = bytearray((path / checkpoint.AVERAGES).read_bytes())
+    content = bytearray((path / "ema.safetensors").read_bytes())
     content[-1] ^= 1
-    (path / checkpoint.AVERAGES).write_bytes(content)
+    (path / "ema.safetensors").write_bytes(content)
     assert checkpoint.validate(path) == "ema.safetensors does not match its checksum"
