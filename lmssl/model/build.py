@@ -95,7 +95,7 @@ def build_config(
     return config
 
 
-def check_kind(kind: str, objective: str) -> None:
+def check_kind(kind: str, objective: str, *, where: str = "model.kind") -> None:
     """See that there is a model of this kind for this kind of objective.
 
     Raises:
@@ -120,26 +120,26 @@ def check_kind(kind: str, objective: str) -> None:
     if kind in ("deberta", "deberta-v2") and objective in ("masked", "replaced"):
         raise ModelError(
             f"{kind} cannot pack documents under its attention",
-            where="model.kind",
+            where=where,
             remedy="use modernbert or bert" if objective == "masked" else "use electra",
         )
     if kind in others:
         raise ModelError(
             f"the objective {objective} needs {needs}, and {kind} is none",
-            where="model.kind",
+            where=where,
             remedy=_other_objective(kind, objective),
         )
     if objective in ("masked", "replaced") and kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ModelError(
             f"the body and head of {kind} are not known here",
-            where="model.kind",
+            where=where,
             remedy=f"use one of {', '.join(near)}",
         )
     guess = difflib.get_close_matches(kind, near, n=1)
     shipped = [name for name in FAMILIES if name in near]
     raise ModelError(
         f"transformers has no model of kind {kind!r} that is {needs}",
-        where="model.kind",
+        where=where,
         remedy=f"did you mean {guess[0]!r}?" if guess else f"shipped families: {', '.join(shipped)}",
     )
 

@@ -103,7 +103,7 @@ def num_parameters(model: ModelBase, *, vocab_size: int, sequence_length: int, p
     layers = shape.layers * (shape.layer_matrices + shape.layer_vectors)
     return Parameters(
         embedding=(vocab_size + shape.rows) * width,
-        head=0 if model.tie_word_embeddings else vocab_size * width,
+        head=0 if getattr(model, "tie_word_embeddings", True) else vocab_size * width,
         body=layers + shape.entry_matrices + shape.head_matrices + shape.final_vectors,
     )
 
@@ -183,13 +183,16 @@ def _generator(model: ElectraModel, ratio: float) -> ElectraModel:
     return model.model_copy(update=sizes)
 
 
-def training_memory(num_parameters: int) -> TrainingMemory:
+def training_memory(num_parameters: int, *, num_one_state: int = 0) -> TrainingMemory:
     """Bytes of fp32 weights, gradients and AdamW's two moments.
+
+    Args:
+        num_one_state: how many of the parameters have one moment, as Muon's have.
 
     >>> training_memory(125_000_000).total
     2000000000
     """
-    return TrainingMemory(4 * num_parameters, 4 * num_parameters, 8 * num_parameters)
+    return TrainingMemory(4 * num_parameters, 4 * num_parameters, 8 * num_parameters - 4 * num_one_state)
 
 
 def _shape(model: ModelBase, vocab_size: int, sequence_length: int, pad_id: int) -> _Shape:

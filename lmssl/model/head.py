@@ -110,6 +110,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], None, None
 
 
+_FLOAT16_ROOM = 64.0
+"""By which hidden states are divided before they are summed in float16; a power of two, which rounds nothing."""
+
+
 class _LossAndCorrect(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -148,8 +152,7 @@ class _LossAndCorrect(torch.autograd.Function):
 def _add_product(total_DV: Tensor | None, left_ND: Tensor, right_NV: Tensor) -> Tensor:
     """`total_DV + left_ND.T @ right_NV`, or the product alone, in float32."""
     if total_DV is None:
-        # [D, N] @ [N, V] runs faster on CPU than the transpose of the wide matrix times hidden states.
-        return (left_ND.t().contiguous() @ right_NV).float()
+        return _product(left_ND, right_NV)
     found: Tensor = _plus_product(total_DV, left_ND, right_NV)
     return found
 
@@ -161,7 +164,14 @@ def _plus_product(total_DV: Tensor, left_ND: Tensor, right_NV: Tensor) -> Tensor
     It would transpose bfloat16 tiles of two matrices in one loop, and gcc 12 at -O3 makes garbage of that on CPUs with
     AVX-512 (torch 2.13; without SLP vectorisation it does not).
     """
-    return total_DV + left_ND.t().contiguous() @ right_NV
+    return total_DV + _product(left_ND, right_NV)
+
+
+def _product(left_ND: Tensor, right_NV: Tensor) -> Tensor:
+    """`left_ND.T @ right_NV` in float32; [D, N] @ [N, V] runs faster on CPU than the other way round, transposed."""
+    if left_ND.dtype == torch.float16:  # sums over thousands of targets leave its range, and no loss scale is in them
+        return ((left_ND / _FLOAT16_ROOM).t().contiguous() @ right_NV).float() * _FLOAT16_ROOM
+    return (left_ND.t().contiguous() @ right_NV).float()
 
 
 @_plus_product.register_fake

@@ -18,9 +18,12 @@ from lmssl.model.flops import (
     trained_parameters,
     training_memory,
 )
+from lmssl.model.roles import Count, role_counts
+from lmssl.optim.groups import parameter_roles
 from lmssl.recipe.family import ModelBase
 from lmssl.recipe.model import FAMILIES, OtherModel
-from lmssl.recipe.objective import MaskedObjective, ReplacedObjective
+from lmssl.recipe.objective import AnyObjective, CausalObjective, MaskedObjective, ReplacedObjective
+from lmssl.recipe.optim import ROLES
 
 VOCAB, LENGTH = 1024, 256
 ROTARY = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 6}
@@ -221,3 +224,43 @@ def test_a_head_for_pairs_of_sentences_is_counted() -> None:
     assert counted.total == sum(p.numel() for p in stock.parameters())
     sizes = {"vocab_size": VOCAB, "sequence_length": LENGTH}
     assert trained_flops_per_token(model, objective, **sizes) == flops_per_token(model, **sizes)
+
+
+def check_roles(stock: PreTrainedModel, model: ModelBase, objective: AnyObjective) -> None:
+    """The formulas against the roles of the built model's parameters."""
+    found = {role: [n for n, r in parameter_roles(stock).items() if r == role] for role in ROLES}
+    expected = {
+        role: Count(len(names), sum(stock.get_parameter(name).numel() for name in names))
+        for role, names in found.items()
+    }
+    assert role_counts(model, objective, vocab_size=VOCAB, sequence_length=LENGTH, pad_id=PAD) == expected
+
+
+@pytest.mark.parametrize(("kind", "sizes"), SHAPES)
+def test_roles_are_those_of_the_built_model(kind: str, sizes: dict[str, Any]) -> None:
+    model = section(kind, sizes)
+    check_roles(built(model), model, CausalObjective(kind="causal"))
+
+
+@pytest.mark.parametrize(("kind", "sizes"), BIDIRECTIONAL)
+def test_roles_of_encoders_are_those_of_the_built_model(kind: str, sizes: dict[str, Any]) -> None:
+    check_roles(two_way(kind, sizes), section(kind, sizes), MaskedObjective(kind="masked"))
+
+
+@pytest.mark.parametrize(("sizes", "ratio"), PAIRS)
+def test_roles_of_a_pair_are_those_of_the_built_one(sizes: dict[str, Any], ratio: float) -> None:
+    objective = ReplacedObjective(kind="replaced", generator_ratio=ratio)
+    check_roles(pair_of(sizes, ratio), section("electra", sizes), objective)
+
+
+def test_the_second_task_of_bert_has_a_head() -> None:
+    model, objective = section("bert", MASKED["bert"]), MaskedObjective(kind="masked", sentence_task="next")
+    tokenizer = cast(Any, Tokens())
+    config = build_config(model, objective="masked", vocab_size=VOCAB, sequence_length=LENGTH, tokenizer=tokenizer)
+    check_roles(build_model(config, objective="masked", seed=0, device="meta", sentences=True), model, objective)
+
+
+def test_roles_of_other_families_are_not_known() -> None:
+    other = OtherModel.model_validate({"kind": "mamba"})
+    with pytest.raises(ModelError, match="there is no formula for the weights of kind mamba"):
+        role_counts(other, CausalObjective(kind="causal"), vocab_size=VOCAB, sequence_length=LENGTH)
