@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from lmssl.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from lmssl.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # while importing, before `main` can say it
+        sys.exit(130)

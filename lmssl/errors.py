@@ -10,6 +10,8 @@
     ├── CheckpointError       6  a run folder or a checkpoint
     ├── ExportError           7  an export that cannot be written or does not match
     ├── TrainingError         8  the run itself: non-finite losses, a wrong launch
+    ├── PushError             9  an upload; the run, the export and what was uploaded before are intact
+    ├── EvaluationError      10  a model, a suite or its files that cannot be evaluated
     └── Preempted            75  stopped by a signal after saving; the same command continues
 
 Each error says what is wrong, where, and the remedy; nothing half-written stays behind.
@@ -86,6 +88,18 @@ class TrainingError(LmsslError):
     """The run itself: non-finite losses, a launch without distribution."""
 
     exit_code = 8
+
+
+class PushError(LmsslError):
+    """An upload that cannot be made or was refused; nothing on this machine is changed by it."""
+
+    exit_code = 9
+
+
+class EvaluationError(LmsslError):
+    """A folder that is no model, a model that cannot answer, or an evaluation file with something wrong."""
+
+    exit_code = 10
 
 
 class Preempted(LmsslError):

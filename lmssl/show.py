@@ -10,14 +10,18 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmssl.model import flops
+from lmssl.model.roles import Count, role_counts
+from lmssl.model.source import stand_in
 from lmssl.recipe.batches import kept_before
 from lmssl.recipe.encoders import RobertaModel
 from lmssl.recipe.load import Loaded, flat
 from lmssl.recipe.objective import AnyObjective, HybridObjective, Masks, SpanObjective
-from lmssl.recipe.sections import Recipe, WsdSchedule, derived_fields
+from lmssl.recipe.optim import ROLES, Role, role_rates
+from lmssl.recipe.schedule import ConstantSchedule, WsdSchedule
+from lmssl.recipe.sections import Recipe, derived_fields
 from lmssl.recipe.source import Origin
 from lmssl.shipped import find
 
@@ -47,55 +51,110 @@ def derived_numbers(recipe: Recipe) -> list[Number]:
     return [*_step_numbers(recipe), *_size_numbers(recipe)]
 
 
-def built_number(recipe: Recipe) -> Number:
-    """Parameters of the real model, built without weights; imports torch and transformers.
+class Built(NamedTuple):
+    """What the real model says, built without weights."""
+
+    number: Number
+    """Its parameters."""
+    counts: dict[Role, Count]
+    """Its tensors and parameters by role."""
+
+
+def built_model(recipe: Recipe) -> Built:
+    """Count the real model, built without weights; imports torch and transformers.
 
     Raises:
         LmsslError: the tokenizer is missing or the model cannot be built.
     """
-    from lmssl.model.build import build_config, build_recipe_model
+    from lmssl.model.build import build_recipe_model
+    from lmssl.model.continued import recipe_config
+    from lmssl.optim.groups import parameter_roles
     from lmssl.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(find(recipe.tokenizer.path))
-    length, vocab_size = recipe.data.longest_sequence, recipe.vocab_size(tokenizer.num_tokens)
-    kind = recipe.objective.kind
-    config = build_config(
-        recipe.model, objective=kind, vocab_size=vocab_size, sequence_length=length, tokenizer=tokenizer
-    )
+    config = recipe_config(recipe, tokenizer)
     model = build_recipe_model(recipe, config, device="meta")
     built = sum(parameter.numel() for parameter in model.parameters())
     how = f"{type(model).__name__}, built without weights"
-    if flops.has_formula(recipe.model):
+    section, _ = stand_in(recipe.model)
+    if flops.has_formula(section):
         counted = flops.trained_parameters(
-            recipe.model,
+            section,
             recipe.objective,
-            vocab_size=vocab_size,
-            sequence_length=length,
+            vocab_size=config.vocab_size,
+            sequence_length=recipe.data.longest_sequence,
             pad_id=tokenizer.pad_id,
         ).total
         how += ", equal to the formula" if counted == built else f"; the formula is off by {counted - built:+,}"
-    return Number("parameters_built", built, how)
+    sizes: dict[Role, list[int]] = {role: [] for role in ROLES}
+    for name, role in parameter_roles(model).items():
+        sizes[role].append(model.get_parameter(name).numel())
+    counts = {role: Count(len(found), sum(found)) for role, found in sizes.items()}
+    return Built(Number("parameters_built", built, how), counts)
 
 
-def as_text(loaded: Loaded, numbers: list[Number]) -> str:
-    """The recipe as an aligned tree of key, value and origin, then the derived numbers."""
+def as_text(loaded: Loaded, numbers: list[Number], counts: dict[Role, Count] | None = None) -> str:
+    """The recipe as an aligned tree of key, value and origin, then the derived numbers and the parameters by role.
+
+    Args:
+        counts: of the built model; None: by formula, where there is one.
+    """
     rows = [*_tree_rows(loaded), ("", "", ""), ("derived", "", "")]
     rows += [(f"  {number.name}", number.text, number.how) for number in numbers]
     keys = max(len(key) for key, _, _ in rows)
     values = max(len(value) for _, value, _ in rows if len(value) <= _MOST_VALUE_WIDTH)
     lines = [f"{loaded.recipe.name}, from {loaded.path}", ""]
     lines += [f"{key:<{keys}}  {value:<{values}}  {note}".rstrip() for key, value, note in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_group_lines(loaded.recipe, counts)])
 
 
-def as_json(loaded: Loaded, numbers: list[Number]) -> str:
-    """The same as one JSON object: `recipe`, `origins` by dotted path, `derived` by name."""
+def _group_lines(recipe: Recipe, counts: dict[Role, Count] | None) -> list[str]:
+    """The groups as a table; roles that the model has none of are left out."""
+    table = [("parameters", "tensors", "count", "optimizer", "peak lr", "weight decay")]
+    for role, group in parameter_groups(recipe, counts).items():
+        if group["tensors"] == 0:
+            continue
+        numbers = ["unknown" if group[key] is None else f"{group[key]:,}" for key in ("tensors", "parameters")]
+        table.append((f"  {role}", *numbers, group["optimizer"], f"{group['peak_lr']:g}", f"{group['weight_decay']:g}"))
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(cell.ljust(width) if n in (0, 3) else cell.rjust(width) for n, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in table)
+    ]
+
+
+def parameter_groups(recipe: Recipe, counts: dict[Role, Count] | None = None) -> dict[Role, dict[str, Any]]:
+    """How each role is updated, and how many tensors and parameters it has; None where that cannot be known.
+
+    Args:
+        counts: of the built model; None: by formula, where there is one.
+    """
+    found = counts or _role_counts(recipe)
+    return {
+        role: {"tensors": found and found[role].num_tensors, "parameters": found and found[role].num_parameters}
+        | rates._asdict()
+        for role, rates in role_rates(recipe.optim).items()
+    }
+
+
+def _role_counts(recipe: Recipe) -> dict[Role, Count] | None:
+    vocabulary, (model, _), pad_id = _vocabulary(recipe), stand_in(recipe.model), _pad_id(recipe)
+    unknown = isinstance(model, RobertaModel) and model.max_position_embeddings is None and pad_id is None
+    if vocabulary.value is None or not flops.has_formula(model) or unknown:
+        return None
+    rows, length = int(vocabulary.value), recipe.data.longest_sequence
+    return role_counts(model, recipe.objective, vocab_size=rows, sequence_length=length, pad_id=pad_id)
+
+
+def as_json(loaded: Loaded, numbers: list[Number], counts: dict[Role, Count] | None = None) -> str:
+    """The same as one JSON object: `recipe`, `origins` by dotted path, `derived` by name, `parameters` by role."""
     content = {
         "path": str(loaded.path),
         "recipe": loaded.recipe.model_dump(mode="json", by_alias=True),
         "origins": {path: _origin_json(origin) for path, origin in loaded.origins.items()},
         "fields": derived_fields(loaded.recipe),
         "derived": {number.name: number.value for number in numbers},
+        "parameters": parameter_groups(loaded.recipe, counts),
     }
     return json.dumps(content, indent=2, ensure_ascii=False)
 
@@ -105,7 +164,9 @@ def _step_numbers(recipe: Recipe) -> list[Number]:
     plan = recipe.batches
     warmup = plan.step_at_token(schedule.warmup_tokens - 1) + 1 if schedule.warmup_tokens else 0
     if isinstance(schedule, WsdSchedule):
-        decay, how = math.ceil(schedule.decay_ratio * train.tokens / train.batch_tokens), "the last, linear"
+        decay, how = math.ceil(schedule.decay_ratio * train.tokens / train.batch_tokens), f"the last, {schedule.decay}"
+    elif isinstance(schedule, ConstantSchedule):
+        decay, how = 0, "the rate stays at its peak"
     else:
         decay, how = recipe.steps - warmup, f"all after the warmup, {schedule.kind}"
     accumulation = math.ceil(recipe.batch_sequences / train.micro_batch_sequences)
@@ -140,15 +201,16 @@ def _size_numbers(recipe: Recipe) -> list[Number]:
     names = ("parameters", "flops_per_token", "total_flops", "tokens_per_parameter", "training_bytes")
     if vocabulary.value is None:
         return [vocabulary, *(Number(name, None, "needs the vocabulary") for name in names)]
-    model, length, rows = recipe.model, recipe.data.longest_sequence, int(vocabulary.value)
+    length, rows = recipe.data.longest_sequence, int(vocabulary.value)
+    model, why = stand_in(recipe.model)
     if not flops.has_formula(model):
-        why = f"no formula for {getattr(model, 'kind', 'this kind')}; --model builds and counts it"
+        why = f"{why or f'no formula for {recipe.model.kind}'}; --model builds and counts it"
         return [vocabulary, *(Number(name, None, why) for name in names)]
     pad_id = _pad_id(recipe)
     if isinstance(model, RobertaModel) and model.max_position_embeddings is None and pad_id is None:
         why = "roberta's positions begin after the pad token, and the tokenizer has none"
         return [vocabulary, *(Number(name, None, why) for name in names)]
-    objective, ratio = recipe.objective, _target_ratio(recipe.objective)
+    objective, ratio = recipe.objective, target_ratio(recipe.objective)
     parameters = flops.trained_parameters(model, objective, vocab_size=rows, sequence_length=length, pad_id=pad_id)
     by_length = {
         length: flops.trained_flops_per_token(
@@ -166,11 +228,22 @@ def _size_numbers(recipe: Recipe) -> list[Number]:
         Number("flops_per_token", per_token, _flops_note(recipe.objective, ratio)),
         Number("total_flops", total, "flops_per_token x tokens of all steps"),
         Number("tokens_per_parameter", recipe.train.tokens / parameters.total, "20 is compute-optimal for training"),
-        Number("training_bytes", flops.training_memory(parameters.total).total, "weights, gradients and AdamW in fp32"),
+        _training_bytes(recipe, parameters.total),
     ]
 
 
-def _target_ratio(objective: AnyObjective) -> float:
+def _training_bytes(recipe: Recipe, num_parameters: int) -> Number:
+    if recipe.optim.kind == "adamw":
+        memory, how = flops.training_memory(num_parameters), "weights, gradients and AdamW in fp32"
+    else:
+        counts = _role_counts(recipe)
+        num_matrices = counts["matrix"].num_parameters if counts else 0
+        memory = flops.training_memory(num_parameters, num_one_state=num_matrices)
+        how = f"weights, gradients, {recipe.optim.kind} and AdamW in fp32"
+    return Number("training_bytes", memory.total, how)
+
+
+def target_ratio(objective: AnyObjective) -> float:
     """Tokens that the head runs at / tokens, over the whole run; in span corruption the decoder's / the encoder's."""
     if isinstance(objective, SpanObjective):
         sentinels = objective.rate / objective.mean_span_tokens
@@ -219,6 +292,9 @@ def _vocabulary(recipe: Recipe) -> Number:
         return Number("vocab_size", None, f"there is no {file}; build it with `lmssl tokenizer`")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Number("vocab_size", None, f"{file} cannot be read as a tokenizer")
+    own = stand_in(recipe.model)[0].vocab_size
+    if own is not None and own >= num_tokens:
+        return Number("vocab_size", own, "rows of the model that is continued")
     how = f"{num_tokens:,} tokens of {recipe.tokenizer.path}, up to a multiple of {recipe.tokenizer.pad_to_multiple}"
     return Number("vocab_size", recipe.vocab_size(num_tokens), how)
 

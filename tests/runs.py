@@ -59,6 +59,12 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> str:
+    """A JSONL file; returns its path."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Whole lines of a run's metrics; a run in progress may be writing the last."""
     path = run / "metrics.jsonl"

@@ -50,6 +50,11 @@ class SequenceBatch:
     num_bytes_B: npt.NDArray[np.float64]
     """Bytes of text of each row; of a cut document, in proportion."""
 
+    @property
+    def num_padding_tokens(self) -> int:
+        """Tokens of the sequences here that hold no text; empty rows are no sequences."""
+        return int((self.segments_BT[self.positions_B >= 0] == 0).sum())
+
     @classmethod
     def of(cls, found: Sequence[tuple[int, Window, int] | None], layout: Layout) -> SequenceBatch:
         """A micro-batch of (position, window, index in it); None: an empty row."""
@@ -267,13 +272,10 @@ class _WorkerSource(Generic[T]):
         try:
             item: T | _Failure = next(self._batches)
         except RuntimeError as error:
-            if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-                raise DataError(
-                    f"a loader process died: {error}",
-                    where="data.workers",
-                    remedy="look for an out-of-memory message of the system; data.workers=0 loads without processes",
-                ) from error
-            raise
+            explained = dead_loader(error)
+            if explained is None:
+                raise
+            raise explained from error
         return _unwrapped(item)
 
     def close(self) -> None:
@@ -281,6 +283,18 @@ class _WorkerSource(Generic[T]):
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         if shutdown is not None:  # what the iterator's finaliser calls; references must not decide when
             shutdown()
+
+
+def dead_loader(error: BaseException) -> DataError | None:
+    """What torch means where a loader process died, or None; its handler of signals raises wherever Python is then."""
+    said = str(error)
+    if not isinstance(error, RuntimeError) or not ("exited unexpectedly" in said or "killed by signal" in said):
+        return None
+    return DataError(
+        f"a loader process died: {said.strip()}",
+        where="data.workers",
+        remedy="look for an out-of-memory message of the system; data.workers=0 loads without processes",
+    )
 
 
 class _ThreadSource(Generic[T]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,10 @@ from lmssl.data.batch import SequenceBatch
 
 if TYPE_CHECKING:  # loader workers unpickle objectives and must not pay for importing transformers
     from transformers import PreTrainedModel
+
+
+_COLUMNS = 64
+"""Lengths are multiples of this, so that kernels and allocators meet few shapes."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,22 @@ class MicroBatch:
     num_bytes: float
     """Bytes of text that the first term's loss is spread over."""
     num_padding_tokens: int
-    """Tokens that hold no text."""
+    """Tokens of its sequences that hold no text; empty rows do not count."""
+
+    def unpadded(self) -> MicroBatch:
+        """The same without the columns in which every row is padding, but for whole blocks of `_COLUMNS`.
+
+        Losses are the same sums, of fewer zeros. Rows of an encoder and a decoder (span) stay as they are: their
+        lengths were chosen from a few already.
+        """
+        segments_BT = self.inputs.get("segments_BT")
+        if segments_BT is None:
+            return self
+        num_columns = int((segments_BT != 0).any(0).sum())  # padding stands at the end of rows
+        num_columns = min(segments_BT.shape[1], -(-max(1, num_columns) // _COLUMNS) * _COLUMNS)
+        # The suffix of a name is its shape.
+        inputs = {k: v[:, :num_columns].contiguous() if k.endswith("_BT") else v for k, v in self.inputs.items()}
+        return replace(self, inputs=inputs)
 
 
 def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -81,3 +100,14 @@ class EmbeddingObjective(ABC):
 
 
 Objective = SumObjective | EmbeddingObjective
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """An objective's `prepare` for backends that take micro-batches of any shape: each ends with its longest row."""
+
+    objective: Objective
+
+    def __call__(self, batch: SequenceBatch, *, evaluation: bool = False) -> MicroBatch:
+        """See `prepare`; picklable as the objective is."""
+        return self.objective.prepare(batch, evaluation=evaluation).unpadded()

@@ -50,7 +50,7 @@ class CausalObjective(SumObjective):
             inputs=as_tensors(inputs),
             counts={"causal": int(following.sum())},
             num_bytes=float(batch.num_bytes_B.sum()),
-            num_padding_tokens=int((segments_BT == 0).sum()),
+            num_padding_tokens=batch.num_padding_tokens,
         )
 
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

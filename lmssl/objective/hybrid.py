@@ -75,7 +75,7 @@ class HybridObjective(SumObjective):
                 "masked_accuracy": num_masked,
             },
             num_bytes=float(batch.num_bytes_B[~masked_B].sum()),
-            num_padding_tokens=int((batch.segments_BT == 0).sum()),
+            num_padding_tokens=batch.num_padding_tokens,
         )
 
     def is_masked(self, positions_B: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -57,7 +57,7 @@ class MaskedObjective(SumObjective):
             inputs=as_tensors(inputs),
             counts={"masked": num_targets, "accuracy": num_targets},
             num_bytes=float(masked_bytes(batch, masked.targets_BC, self.surface_bytes).sum()),
-            num_padding_tokens=int((batch.segments_BT == 0).sum()),
+            num_padding_tokens=batch.num_padding_tokens,
         )
 
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class PrefixObjective(SumObjective):
             inputs=as_tensors(inputs),
             counts={"prefix": num_targets, "accuracy": num_targets},
             num_bytes=float(masked_bytes(batch, targets_BT, self.surface_bytes).sum()),
-            num_padding_tokens=int((segments_BT == 0).sum()),
+            num_padding_tokens=batch.num_padding_tokens,
         )
 
     def prefixes(

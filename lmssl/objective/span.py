@@ -194,7 +194,7 @@ class SpanObjective(SumObjective):
             inputs={name: torch.from_numpy(array) for name, array in inputs.items()},
             counts={"span": num_targets, "accuracy": num_targets},
             num_bytes=float(masked_bytes(batch, targets_BO, self.surface_bytes).sum()),
-            num_padding_tokens=int((batch.segments_BT == 0).sum()),
+            num_padding_tokens=batch.num_padding_tokens,
         )
 
     def _examples(

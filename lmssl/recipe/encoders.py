@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from lmssl.recipe.base import Float, Int
-from lmssl.recipe.family import DrawnModel, ModelBase, RotaryModel
+from lmssl.recipe.family import BuiltModel, DrawnModel, RotaryModel
 
 
 class _BertLike(DrawnModel):
@@ -118,7 +118,7 @@ class DistilBertModel(DrawnModel):
     attention_dropout: Float = Field(default=0.0, ge=0, lt=1)
 
 
-class T5Model(ModelBase):
+class T5Model(BuiltModel):
     """`T5ForConditionalGeneration`, `UMT5...` (a position bias in every layer) and `MT5...` (unscaled outputs)."""
 
     kind: Literal["t5", "umt5", "mt5"]

@@ -164,6 +164,8 @@ def _unknown(path: KeyPath, where: str, data: Any, root: type[Section]) -> Probl
 
     key, above = path[-1], path[:-1]
     answer = foreign(key)
+    if answer is not None and answer.ours and all(dotted(leaf) != answer.ours for leaf in keys.leaves(None, root)):
+        answer = None  # the answer is about recipes, and this is another file, such as a task
     if answer is not None and answer.ours != dotted(path):
         return problem(answer.say, answer.ours)
     section = keys.section_at(above, data, root)

@@ -60,7 +60,7 @@ _SECRET = _no("a recipe is saved and shared, so it never holds a token; use `hf 
 _MICRO = _to("train.micro_batch_sequences", "sequences of one forward on one device: train.micro_batch_sequences")
 _TRACK = _to("track.with", "write track.with: [tensorboard], or leave it out")
 _LAUNCH = _no("a recipe says what, a launch file says where; pass it to `accelerate launch --config_file`")
-_UPLOAD = _no("upload an export: `lmssl export RUN`, then `hf upload`")
+_UPLOAD = _no("a run is uploaded by a command of its own: `lmssl push RUN --repo ORG/NAME`")
 _NATIVE = "model takes transformers' own names"
 
 _TABLE: tuple[tuple[str, Foreign], ...] = (
@@ -70,10 +70,11 @@ _TABLE: tuple[tuple[str, Foreign], ...] = (
     ("adam_epsilon epsilon adam_eps", _to("optim.eps")),
     ("grad_clip gradient_clip_val max_norm clip_grad_norm gradient_clipping", _to("optim.max_grad_norm")),
     ("wd", _to("optim.weight_decay")),
+    ("muon_lr matrix_lr", _to("optim.lr", "with optim.kind: muon, hidden matrices have optim.lr")),
     ("optimizer optimiser", _to("optim", "the section is called optim: optim: {kind: adamw, lr: 3e-4}")),
     (
         "lr_scheduler_type lr_scheduler scheduler lr_scheduler_kwargs lr_schedule",
-        _to("schedule.kind", "the schedule is schedule.kind: wsd, cosine or linear"),
+        _to("schedule.kind", "the schedule is schedule.kind: wsd, cosine, linear, inverse_sqrt or constant"),
     ),
     (
         "warmup_steps warmup_ratio num_warmup_steps warmup_iters lr_warmup_steps warmup",
@@ -114,7 +115,7 @@ _TABLE: tuple[tuple[str, Foreign], ...] = (
     ),
     (
         "bf16 fp16 tf32 bf16_full_eval fp16_full_eval dtype torch_dtype mixed_precision",
-        _to("train.precision", "write train.precision: bf16 or fp32"),
+        _to("train.precision", "write train.precision: bf16, fp16 or fp32"),
     ),
     (
         "torch_compile torch_compile_backend torch_compile_mode",
@@ -132,6 +133,11 @@ _TABLE: tuple[tuple[str, Foreign], ...] = (
         _to("checkpoint.every_steps", "write checkpoint.every_steps: N, or null for the last step only"),
     ),
     ("save_total_limit keep_checkpoints", _to("checkpoint.keep_last")),
+    (
+        "load_best_model_at_end metric_for_best_model save_top_k",
+        _to("checkpoint.keep_best", "write checkpoint.keep_best: N, which keeps the N of lowest validation loss"),
+    ),
+    ("async_save save_async async_checkpointing", _to("checkpoint.asynchronous")),
     (
         "eval_steps eval_strategy evaluation_strategy eval_interval do_eval",
         _to("evaluate.every_steps", "write evaluate.every_steps: N, or null for start and end only"),
@@ -217,13 +223,13 @@ _PREFIXES: dict[str, Foreign] = {
     "mlm_": _no("the objective is causal; there is no masked objective in this version"),
 }
 
-_FP16 = "bf16 (fp16 overflows without loss scaling and is not offered)"
-
 _VALUES: dict[str, dict[str, str]] = {
     "train.precision": {
-        "fp16": _FP16,
-        "float16": _FP16,
-        "16": _FP16,
+        "fp16": "fp16",
+        "float16": "fp16",
+        "half": "fp16",
+        "16": "fp16, or bf16 where the device has it",
+        "float8": "fp8",
         "bfloat16": "bf16",
         "float32": "fp32",
         "no": "fp32",
@@ -232,8 +238,7 @@ _VALUES: dict[str, dict[str, str]] = {
     "schedule.kind": {
         "warmup_stable_decay": "wsd",
         "trapezoidal": "wsd",
-        "constant": "wsd with decay_ratio: 0",
-        "constant_with_warmup": "wsd with decay_ratio: 0",
+        "constant_with_warmup": "constant",
         "cosine_with_min_lr": "cosine with min_lr_ratio",
         "polynomial": "linear",
     },

@@ -43,7 +43,7 @@ def section_for(annotation: Any, value: Any) -> type[Section] | None:
     classes = sections(annotation)
     if len(classes) == 1:
         return classes[0]
-    kind = value.get("kind") if isinstance(value, dict) else None
+    kind = value.get("kind", "from" if "from" in value else None) if isinstance(value, dict) else None
     for section in classes:
         if kind in kinds(section):
             return section

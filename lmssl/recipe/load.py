@@ -77,7 +77,12 @@ def _load(kind: type[T], path: Path, overrides: Sequence[str]) -> tuple[T, Sourc
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
-    return "".join(_lines(_plain(recipe), ""))
+    return yaml_text(_plain(recipe))
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Plain values as YAML in the form of recipes, in the order they come in."""
+    return "".join(_lines(values, ""))
 
 
 def recipe_hash(recipe: Recipe) -> str:

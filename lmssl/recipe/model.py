@@ -21,7 +21,7 @@ from lmssl.recipe.encoders import (
     T5Model,
     encoder_sizes,
 )
-from lmssl.recipe.family import DrawnModel, ModelBase, RotaryModel
+from lmssl.recipe.family import ContinuedModel, DrawnModel, ModelBase, RotaryModel
 
 
 class LlamaModel(RotaryModel):
@@ -80,6 +80,8 @@ FAMILIES: dict[str, type[ModelBase]] = {
 
 
 def _family(value: Any) -> str:
+    if isinstance(value, ContinuedModel) or (isinstance(value, dict) and {"from", "source"} & value.keys()):
+        return "from"
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     return "t5" if family is T5Model else str(kind) if family else "other"
@@ -96,6 +98,7 @@ ModelSection = Annotated[
     | Annotated[EuroBertModel, Tag("eurobert")]
     | Annotated[DistilBertModel, Tag("distilbert")]
     | Annotated[T5Model, Tag("t5")]
+    | Annotated[ContinuedModel, Tag("from")]
     | Annotated[OtherModel, Tag("other")],
     Discriminator(_family),
 ]

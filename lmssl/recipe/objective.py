@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from lmssl.recipe.base import Float, Int, Section
 from lmssl.recipe.data import DataSection
 from lmssl.recipe.encoders import BertModel
-from lmssl.recipe.family import ModelBase
+from lmssl.recipe.family import ContinuedModel, ModelBase
 
 
 class CausalObjective(Section):
@@ -170,7 +170,9 @@ def objective_problems(objective: AnyObjective, data: DataSection, model: ModelB
 
 
 def _sentence_problems(data: DataSection, model: ModelBase) -> Iterator[str]:
-    if not isinstance(model, BertModel):
+    if isinstance(model, ContinuedModel):
+        pass  # its kind is known when it is opened
+    elif not isinstance(model, BertModel):
         yield (
             f"objective.sentence_task: only bert has a class for pairs of sentences, and model.kind is "
             f"{getattr(model, 'kind', None)}; leave it out, or use bert"

@@ -7,76 +7,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from lmssl.recipe.base import AsTuple, Float, Int, Section
+from lmssl.recipe.base import AsTuple, Int, Section
 from lmssl.recipe.batches import BatchPlan, kept_before, plan_batches
+from lmssl.recipe.card import CardSection
+from lmssl.recipe.checkpoint import CheckpointSection, checkpoint_problems
 from lmssl.recipe.data import DataSection, TokenizerSection, special_token_problems
 from lmssl.recipe.encoders import EncoderModel, T5Model, encoder_problems
 from lmssl.recipe.family import ModelBase
+from lmssl.recipe.guard import GuardSection
 from lmssl.recipe.model import Gpt2Model, LlamaModel, ModelSection, Qwen3Model, null_sizes
-from lmssl.recipe.objective import AnyObjective, data_defaults, objective_problems
+from lmssl.recipe.objective import AnyObjective, ReplacedObjective, data_defaults, objective_problems
+from lmssl.recipe.optim import AnyOptim, optim_problems
+from lmssl.recipe.schedule import AnySchedule, BranchSection, schedule_problems
 from lmssl.recipe.train import TrainSection
 
 
-class AdamW(Section):
-    """AdamW (Loshchilov & Hutter 2019), decay multiplied by the learning rate as in torch; fused."""
-
-    kind: Literal["adamw"]
-    lr: Float = Field(gt=0)
-    """Peak learning rate."""
-    weight_decay: Float = Field(default=0.1, ge=0)
-    """Applied to matrices and embeddings, not to norms and biases."""
-    betas: Annotated[tuple[Float, Float], AsTuple] = (0.9, 0.95)
-    """GPT-3's values."""
-    eps: Float = Field(default=1e-8, gt=0)
-    max_grad_norm: Float | None = Field(default=1.0, gt=0)
-    """Global gradient norm is clipped to this; null: off."""
-
-
-class WsdSchedule(Section):
-    """Warmup, stable, linear decay (Hu et al. 2024, MiniCPM)."""
-
-    kind: Literal["wsd"]
-    warmup_tokens: Int = Field(default=0, ge=0)
-    decay_ratio: Float = Field(default=0.2, ge=0, le=1)
-    """Share of `train.tokens` in the decay."""
-    min_lr_ratio: Float = Field(default=0.0, ge=0, le=1)
-    """Final learning rate / peak."""
-
-
-class CosineSchedule(Section):
-    """Warmup, then half a cosine to `min_lr_ratio`."""
-
-    kind: Literal["cosine"]
-    warmup_tokens: Int = Field(default=0, ge=0)
-    min_lr_ratio: Float = Field(default=0.1, ge=0, le=1)
-    """Final learning rate / peak."""
-
-
-class LinearSchedule(Section):
-    """Warmup, then a straight line to `min_lr_ratio`."""
-
-    kind: Literal["linear"]
-    warmup_tokens: Int = Field(default=0, ge=0)
-    min_lr_ratio: Float = Field(default=0.0, ge=0, le=1)
-    """Final learning rate / peak."""
-
-
-AnySchedule = Annotated[WsdSchedule | CosineSchedule | LinearSchedule, Field(discriminator="kind")]
-
-
-class CheckpointSection(Section):
-    """When to save and how many checkpoints to keep; the last step is always saved."""
-
-    every_steps: Int | None = Field(default=500, ge=1)
-    """Null: only at the end."""
-    keep_last: Int = Field(default=2, ge=1)
-
-
 class EvaluateSection(Section):
-    """When to evaluate on the validation split; the start and the end always are."""
+    """When to evaluate on the validation split and on a suite; the start and the end always are."""
 
     every_steps: Int | None = Field(default=None, ge=1)
     """Null: only before the first and after the last step."""
+    suite: str | None = None
+    """A file of further evaluations as `lmssl eval --suite` reads it, but for `lm_eval` and `samples`; null: none."""
 
 
 class TrackSection(Section):
@@ -109,12 +61,16 @@ class Recipe(Section):
     data: DataSection
     objective: AnyObjective
     model: ModelSection
-    optim: AdamW
+    optim: AnyOptim
     schedule: AnySchedule
     train: TrainSection
+    branch: BranchSection | None = None
+    """Null: the run begins with its first step."""
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     evaluate: EvaluateSection = EvaluateSection()
     track: TrackSection = TrackSection()
+    card: CardSection = CardSection()
 
     @property
     def out_path(self) -> str:
@@ -197,8 +153,10 @@ def contradictions(recipe: Recipe) -> list[str]:
         *_set_problems(recipe),
         *special_token_problems(recipe.data),
         *objective_problems(recipe.objective, recipe.data, recipe.model),
-        *_schedule_problems(recipe),
+        *schedule_problems(recipe.schedule, tokens=recipe.train.tokens),
+        *optim_problems(recipe.optim, has_head=_has_head(recipe)),
         *_model_problems(recipe),
+        *checkpoint_problems(recipe.checkpoint, evaluate_every_steps=recipe.evaluate.every_steps),
     ]
 
 
@@ -244,10 +202,11 @@ def _mixture_problems(recipe: Recipe) -> Iterator[str]:
             first = seen[corpus.name]
             yield f"data.mixture.{index}.name: {corpus.name} is also the name of data.mixture.{first}; choose another"
         seen.setdefault(corpus.name, index)
-    if recipe.data.validation is None and recipe.evaluate.every_steps is not None:
+    evaluate = recipe.evaluate
+    if recipe.data.validation is None and evaluate.suite is None and evaluate.every_steps is not None:
         yield (
             "evaluate.every_steps: there is nothing to evaluate on, because data.validation is null; "
-            "leave evaluate.every_steps out, or give data.validation"
+            "leave evaluate.every_steps out, or give data.validation or evaluate.suite"
         )
 
 
@@ -296,7 +255,9 @@ def _length_problems(recipe: Recipe) -> Iterator[str]:
         for name, size in sizes.items():
             if length is not None and size % length:
                 yield f"{path}.sequence_length: {length} does not divide {name}={size}; change one of them"
-        if stage.rope_theta is not None and not (
+        if stage.rope_theta is not None and getattr(recipe.model, "rope_theta", 0) is None:
+            yield f"{path}.rope_theta: it follows a base that is not said; give model.rope_theta"
+        elif stage.rope_theta is not None and not (
             {"rope_theta", "global_rope_theta"} & recipe.model.model_dump().keys()
         ):
             yield f"{path}.rope_theta: of the kind {recipe.model.kind} none is known; leave it out"
@@ -346,15 +307,12 @@ def _set_problems(recipe: Recipe) -> Iterator[str]:
                 yield f"{path}.{key}: a validation set is not trained on; leave {key} out"
 
 
-def _schedule_problems(recipe: Recipe) -> Iterator[str]:
-    schedule, tokens = recipe.schedule, recipe.train.tokens
-    if schedule.warmup_tokens > tokens:
-        yield f"schedule.warmup_tokens: {schedule.warmup_tokens} is more than train.tokens={tokens}; lower it"
-    elif isinstance(schedule, WsdSchedule) and schedule.warmup_tokens + schedule.decay_ratio * tokens > tokens:
-        yield (
-            f"schedule.decay_ratio: the decay's share {schedule.decay_ratio} of train.tokens={tokens} begins before "
-            f"the warmup of {schedule.warmup_tokens} tokens ends; lower it or schedule.warmup_tokens"
-        )
+def _has_head(recipe: Recipe) -> bool:
+    """Whether there is an output matrix that is not the embedding; ELECTRA and BERT's second task have small ones."""
+    objective = recipe.objective
+    answers = isinstance(objective, ReplacedObjective) or getattr(objective, "sentence_task", None) is not None
+    tied = getattr(recipe.model, "tie_word_embeddings", None)  # a continued model says so itself, later
+    return answers or tied is not True
 
 
 def _model_problems(recipe: Recipe) -> Iterator[str]:

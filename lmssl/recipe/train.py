@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,14 +24,18 @@ class TrainSection(Section):
 
     tokens: Int = Field(ge=1)
     """Training budget: positions x sequence_length, padding included."""
+    max_hours: Float | None = Field(default=None, gt=0)
+    """Hours of training, those of earlier sessions included, after which the run ends, decayed; null: no limit."""
     batch_tokens: Int = Field(ge=1)
     """Tokens of one optimiser step over all devices; a multiple of `data.sequence_length`."""
     batch_warmup: BatchWarmup | None = None
     """Smaller steps at the beginning; null: all steps are equal."""
     micro_batch_sequences: Int = Field(ge=1)
     """Sequences of one forward on one device; only memory and speed depend on it."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of matrix products; weights and optimiser stay fp32."""
+    precision: Literal["bf16", "fp32", "fp16", "fp8"] = "bf16"
+    """Type of matrix products; weights and optimiser stay fp32. fp16 scales the loss; fp8 needs a GPU and torchao."""
+    activation_checkpointing: Literal["full"] | Annotated[Int, Field(ge=1)] | None = None
+    """Layers compute their inside again in the backward pass instead of keeping it: `full` all, k every k-th."""
     compile: Literal["auto", "off", "layers", "model"] = "auto"
     """torch.compile: whole model, each layer, or off; `auto`: model on CPU, layers elsewhere, off for short runs."""
     deterministic: bool | None = None
@@ -39,7 +43,9 @@ class TrainSection(Section):
     log_every_steps: Int = Field(default=10, ge=1)
     """Interval of lines in metrics.jsonl."""
     max_skipped_steps: Int = Field(default=10, ge=0)
-    """Consecutive steps with non-finite gradients before the run stops."""
+    """Consecutive steps without an update before the run goes back to its last good checkpoint; see `guard`."""
+    hang_seconds: Int | None = Field(default=1800, ge=1)
+    """Without any progress, after which the run ends and names the rank that hangs; null: it waits for ever."""
     ema_decay: Float | None = Field(default=None, gt=0, lt=1)
     """What a moving average of the weights keeps of itself per step, such as 0.999; null: there is none."""
 

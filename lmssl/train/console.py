@@ -62,6 +62,7 @@ class RunConsole:
 
 
 Report = Callable[[str], None]
+_SHOWN_WAIT_RATIO = 0.05
 
 
 def _numbers(row: dict[str, Any]) -> str:
@@ -69,7 +70,12 @@ def _numbers(row: dict[str, Any]) -> str:
     if row.get("bits_per_byte") is not None:
         parts.append(f"bits/byte {row['bits_per_byte']:.3f}")
     parts.append(f"lr {row['lr']:.1e}")
-    parts.append(f"{row['time']['tokens_per_second']:,.0f} tok/s")
+    time = row["time"]
+    parts.append(f"{time['tokens_per_second']:,.0f} tok/s")
+    if time.get("mfu") is not None:
+        parts.append(f"mfu {time['mfu']:.0%}")
+    if time["data_wait_ratio"] >= _SHOWN_WAIT_RATIO:
+        parts.append(f"waiting for data {time['data_wait_ratio']:.0%}")
     return "  ".join(parts)
 
 

@@ -8,21 +8,30 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import nn
 
 from lmssl.errors import TrainingError
+from lmssl.model.layers import layer_stacks
 from lmssl.recipe.sections import Recipe
 
 COMPILE_PAYS_FLOPS_PER_THREAD = 1e13
 """Training FLOPs per CPU thread from which compiling (20 to 60 s) is repaid; see docs/performance.md."""
 COMPILE_PAYS_FLOPS_DEVICE = 1e16
 """The same for an accelerator."""
+
+_DRIVEN = (
+    *(DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
+    *(DistributedType.FSDP, DistributedType.DEEPSPEED),
+)
 
 CompileMode = Literal["off", "layers", "model"]
 
@@ -67,19 +76,20 @@ def open_accelerator(recipe: Recipe, run: Path) -> Accelerator:
         TrainingError: several processes without distribution, a backend this version does not drive, or a launch
             file that contradicts the recipe.
     """
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", {"bf16": "bf16", "fp32": "no"}[recipe.train.precision]):
-        raise TrainingError(
-            f"the launch file says mixed_precision: {asked}, the recipe train.precision: {recipe.train.precision}",
-            where="accelerate config",
-            remedy="set mixed_precision: no in the launch file; recipes decide precision",
-        )
+    _check_launch_file(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # Of one exchange between ranks. The watch over ranks that hang is to lose patience first, for it names them.
+    joining = InitProcessGroupKwargs(timeout=timedelta(seconds=(recipe.train.hang_seconds or 604_800) + 300))
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), joining]
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        _require_deepspeed()
+        if not torch.accelerator.is_available():
+            joining.backend = "gloo"  # else DeepSpeed wants a library of its own
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=list(recipe.track.trackers) or None,
         project_dir=str(run),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=handlers,
     )
     if accelerator.num_processes != world_size:
         raise TrainingError(
@@ -88,14 +98,41 @@ def open_accelerator(recipe: Recipe, run: Path) -> Accelerator:
             where="launch",
             remedy="on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or use torchrun",
         )
-    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in supported:
+    if accelerator.distributed_type not in _DRIVEN:
         raise TrainingError(
             f"{accelerator.distributed_type.value} is not driven by this version",
             where="accelerate config",
-            remedy="launch one process or DDP (recipes/launch/ddp.yaml)",
+            remedy="launch one process, DDP, FSDP2 or DeepSpeed (recipes/launch)",
         )
     return accelerator
+
+
+def _check_launch_file(recipe: Recipe) -> None:
+    """Launch files say where, recipes say what: refuse one that speaks of precision, accumulation or compilation."""
+    rows = recipe.train.micro_batch_sequences
+    same = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
+    fields = (
+        ("mixed_precision", "MIXED_PRECISION", ("no", same), "train.precision", recipe.train.precision),
+        ("dynamo_backend", "DYNAMO_BACKEND", ("no",), "train.compile", recipe.train.compile),
+        ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS", ("1",), "train.micro_batch_sequences", rows),
+    )
+    for name, variable, allowed, field, value in fields:
+        asked = os.environ.get(f"ACCELERATE_{variable}", allowed[0]).lower()
+        if asked not in allowed:
+            raise TrainingError(
+                f"the launch file says {name}: {asked}, the recipe {field}: {value}",
+                where="accelerate config",
+                remedy=f"set {name}: {allowed[0]} in the launch file; recipes decide it",
+            )
+
+
+def _require_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise TrainingError(
+            "the launch file asks for DeepSpeed, which is not installed",
+            where="accelerate config",
+            remedy="pip install 'lmssl[deepspeed]', or launch FSDP2 (recipes/launch/fsdp2.yaml)",
+        )
 
 
 def set_determinism(recipe: Recipe, device: torch.device) -> None:
@@ -107,15 +144,36 @@ def set_determinism(recipe: Recipe, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def choose_compile(recipe: Recipe, device: torch.device, *, num_parameters: int, tokens_left: int) -> CompileMode:
-    """What `train.compile` means for this run on this machine."""
-    if recipe.train.compile != "auto":
-        return recipe.train.compile
+def choose_compile(
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    num_parameters: int,
+    tokens_left: int,
+    modes: Sequence[str] = ("off", "layers", "model"),
+) -> CompileMode:
+    """What `train.compile` means for this run on this machine.
+
+    Args:
+        modes: what the backend can compile.
+    Raises:
+        TrainingError: the recipe wants what the backend cannot compile.
+    """
+    wanted = recipe.train.compile
+    if wanted != "auto":
+        if wanted not in modes:
+            raise TrainingError(
+                f"what shards weights cannot be compiled as train.compile={wanted} wants",
+                where="train.compile, and distributed_type in the launch file",
+                remedy=f"use {' or '.join(modes)}, or auto",
+            )
+        return wanted
     flops = 6.0 * num_parameters * tokens_left
     if device.type != "cpu":
-        return "layers" if flops >= COMPILE_PAYS_FLOPS_DEVICE else "off"
-    pays = flops >= COMPILE_PAYS_FLOPS_PER_THREAD * torch.get_num_threads()
-    return "model" if pays and can_compile() else "off"
+        return "layers" if flops >= COMPILE_PAYS_FLOPS_DEVICE and "layers" in modes else "off"
+    pays = flops >= COMPILE_PAYS_FLOPS_PER_THREAD * torch.get_num_threads() and can_compile()
+    found: CompileMode = "model" if "model" in modes else "layers" if "layers" in modes else "off"
+    return found if pays else "off"
 
 
 def can_compile() -> bool:
@@ -130,14 +188,42 @@ def compile_module(module: nn.Module, mode: CompileMode) -> None:
     if mode == "model":
         module.compile(dynamic=False)
     elif mode == "layers":
-        for stack in _stacks(module):
+        for stack in layer_stacks(module):
             for layer in stack:
                 layer.compile(dynamic=False)
 
 
-def _stacks(module: nn.Module) -> list[nn.ModuleList]:
-    """The longest list of layers, and others as long: T5 has two, and so has ELECTRA with its generator."""
-    named = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
-    outer = [part for name, part in named.items() if not any(name.startswith(f"{above}.") for above in named)]
-    longest = max(map(len, outer))
-    return [stack for stack in outer if len(stack) == longest]
+@contextmanager
+def launched() -> Iterator[Accelerator]:
+    """An Accelerator for work beside training, over all processes that were launched; on CPU where there is no GPU.
+
+    Raises:
+        TrainingError: processes that do not know of each other.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.num_processes != num_launched():
+        raise TrainingError(
+            f"the launcher started {num_launched()} processes, but accelerate sees {accelerator.num_processes}",
+            where="launch",
+            remedy="launch with torchrun, or accelerate launch --multi_gpu",
+        )
+    try:
+        yield accelerator
+    finally:
+        if accelerator.num_processes > 1:
+            accelerator.end_training()
+
+
+def num_launched() -> int:
+    """Processes that the launcher started, known before there is an Accelerator."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launcher_process() -> int | None:
+    """The process that must live as long as this one: torchrun's, also under accelerate; None: nobody's."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lmssl.evaluate.loss import mean
-from lmssl.train.state import Interval
+from lmssl.train.console import Report
+from lmssl.train.state import Interval, TrainState
 from lmssl.train.step import Measured
 
 
@@ -50,24 +53,56 @@ def interval_metrics(
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl; opened at a step, later lines are cut off first."""
+    """Appends lines to metrics.jsonl. A line that cannot be written waits for the next one, and training goes on."""
 
-    def __init__(self, path: Path, *, step: int) -> None:
+    def __init__(self, path: Path, state: TrainState, report: Report) -> None:
+        """Open the file as a run left it whose state this is: lines of what comes after are cut off."""
         self.path = path
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step] if step else []
+        self._report = report
+        self._warned = False
+        self._waiting: list[str] = []
+        rows = ((line, json.loads(line)) for line in _whole_lines(path))
+        kept = "".join(f"{line}\n" for line, row in rows if _holds(row, state))
         partial = path.with_name(path.name + ".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.write_text(kept, encoding="utf-8")
         os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._size = len(kept.encode())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line and hand it to the operating system."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append one line, after those that wait, and hand it to the operating system."""
+        self._waiting.append(json.dumps(row) + "\n")
+        try:
+            while self._waiting:
+                data = self._waiting[0].encode()
+                if self._file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._size += len(data)
+                self._waiting.pop(0)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Leave no half line behind, and say so once."""
+        with suppress(OSError):
+            os.ftruncate(self._file.fileno(), self._size)
+        if not self._warned:
+            self._warned = True
+            self._report(f"{self.path} cannot be written, training goes on and tries again at the next line: {error}")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _holds(row: dict[str, Any], state: TrainState) -> bool:
+    """Whether a line is of what a run has done whose state this is."""
+    step = row["step"]
+    if row.get("action") == "rollback":
+        return bool(row["rollback"] <= len(state.rollbacks) and step <= state.step)
+    if row["kind"] in ("evaluate", "suite") and step == state.step and state.evaluation.get("step") != step:
+        return False  # a signal ended it before it was saved, and it is made again
+    return bool(0 < state.step >= step)
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmssl.objective.base import EmbeddingObjective, MicroBatch, Objective, SumObjective
-from lmssl.optim.ema import WeightAverage
+from lmssl.optim.groups import set_rates
+from lmssl.train.agree import Agreement
+from lmssl.train.backend import Backend
+from lmssl.train.guard import Limits
+from lmssl.train.phases import COMPUTE, COUNTS, EXCHANGE, UPDATE, Phases
 
 _PARTS_OF_BYTES = 1024
 """Bytes of cut documents and of masked text are fractions; each rank sends whole numbers of such parts."""
@@ -34,134 +36,179 @@ class Measured:
     """Global gradient norm before clipping."""
     finite: Tensor
     """1.0 if the update was made."""
+    loss: Tensor
+    """What was trained: the weighted means of all terms, float32."""
     num_bytes: Tensor
     """Bytes of text in the whole batch, float64."""
     num_padding_tokens: Tensor
     """Tokens of the whole batch that hold no text, int64."""
-    stop: Tensor
-    """How many ranks were asked to stop."""
+    overflow: Tensor | None = None
+    """1.0 if gradients overflowed in float16, and nothing else was wrong; None: they are not scaled."""
 
 
 def train_step(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    backend: Backend,
     objective: Objective,
     micro_batches: Sequence[MicroBatch],
-    accelerator: Accelerator,
     *,
-    average: WeightAverage | None = None,
-    lr: float,
+    lr_ratio: float,
     max_grad_norm: float | None,
+    momentum: float | None = None,
     seed: int,
     step: int,
-    stop_requested: bool,
-) -> Measured:
-    """One update from this rank's micro-batches of one batch.
+    agreement: Agreement,
+    phases: Phases,
+    limits: Limits | None = None,
+) -> Measured | None:
+    """One update from this rank's micro-batches of one batch; None: the ranks agreed to stop, and nothing is updated.
 
     Args:
-        module: the prepared `LossModule`.
-        average: of its weights, which follows the update; None: there is none.
-        lr: learning rate of this step.
+        backend: the wrapped module, its optimiser, and the averages that follow the update.
+        lr_ratio: learning rates of this step / those of the parameter groups at their peak.
+        momentum: of this step, for groups that have one; None: what they have.
         seed, step: key the random state of every forward (dropout), so that none has to be saved.
-        stop_requested: whether this rank received a signal; summed over ranks with the counts.
+        agreement: asked before the step and before each micro-batch.
+        phases: told what is being done.
+        limits: of loss and gradient norm, beyond which the update is not made; None: whatever is finite.
     """
-    totals = _global_totals(micro_batches, accelerator, stop_requested)
+    phases.enter(COUNTS)
+    agreement.poll()  # a wish of any rank is known to all at the first micro-batch at the latest
+    totals = _global_totals(backend, micro_batches)
+    go_on = _Going(agreement, phases)
     if isinstance(objective, EmbeddingObjective):
-        sums, counts = _embedding_backward(module, objective, micro_batches, accelerator, seed, step)
+        found = _embedding_backward(backend, objective, micro_batches, seed, step, go_on)
     else:
         counts = dict(zip(micro_batches[0].counts, totals, strict=False))
-        sums = _sum_backward(module, objective, counts, micro_batches, accelerator, seed, step)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+        found = _sum_backward(backend, objective, counts, micro_batches, seed, step, go_on)
+    if found is None:
+        backend.drop_gradients()
+        return None
+    sums, counts = found
+    loss = _trained_loss(objective, sums, counts)
+    phases.enter(UPDATE)
+    backend.unscale()
+    grad_norm = backend.clip(max_grad_norm)
     finite = torch.isfinite(torch.stack([*(s.float() for s in sums.values()), grad_norm.float()])).all().float()
-    _update(optimizer, lr, finite)
-    if average is not None:
-        average.update(finite, step=step)
-    num_bytes, num_padding, stop = totals[-3].double() / _PARTS_OF_BYTES, totals[-2], totals[-1]
-    return Measured(sums, counts, grad_norm, finite, num_bytes, num_padding, stop)
+    if limits is not None:
+        finite = finite * (loss <= limits.loss) * (grad_norm <= limits.grad_norm)
+    set_rates(backend.optimizer.param_groups, ratio=lr_ratio, momentum=momentum)
+    finite = backend.update(finite)
+    overflow = None
+    if backend.loss_scale is not None:
+        overflow = backend.loss_scale.overflowed(sums, grad_norm)
+        backend.loss_scale.follow(overflow, finite)
+    if backend.average is not None:
+        backend.average.update(finite, step=step)
+    num_bytes, num_padding = totals[-2].double() / _PARTS_OF_BYTES, totals[-1]
+    return Measured(sums, counts, grad_norm, finite, loss, num_bytes, num_padding, overflow)
 
 
-def _global_totals(micro_batches: Sequence[MicroBatch], accelerator: Accelerator, stop_requested: bool) -> Tensor:
-    """Counts of every term, then bytes, padding tokens and stop requests, summed over all ranks: one small vector."""
+@dataclass(frozen=True)
+class _Going:
+    """Asked before each micro-batch."""
+
+    agreement: Agreement
+    phases: Phases
+
+    def on(self, micro_batch: int) -> bool:
+        """Whether the ranks have not agreed to stop."""
+        self.phases.enter(COMPUTE, f"forward of micro-batch {micro_batch}")
+        return not self.agreement.poll()
+
+    def back(self, micro_batch: int, *, last: bool) -> None:
+        """Its backward begins; the last one exchanges gradients."""
+        exchange = " and exchange of gradients" if last else ""
+        self.phases.enter(COMPUTE, f"backward{exchange} of micro-batch {micro_batch}")
+
+
+def _trained_loss(objective: Objective, sums: dict[str, Tensor], counts: dict[str, Tensor]) -> Tensor:
+    weights = {"loss": 1.0} if isinstance(objective, EmbeddingObjective) else objective.weights
+    parts = [weight * sums[term].float() / counts[term].clamp(min=1) for term, weight in weights.items()]
+    return torch.stack(parts).sum()
+
+
+def _global_totals(backend: Backend, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Counts of every term, then bytes and padding tokens, summed over all ranks: one small vector."""
     terms = list(micro_batches[0].counts)
     local = [sum(m.counts[term] for m in micro_batches) for term in terms]
     local += [round(sum(m.num_bytes for m in micro_batches) * _PARTS_OF_BYTES)]
-    local += [sum(m.num_padding_tokens for m in micro_batches), int(stop_requested)]
-    totals = torch.tensor(local, dtype=torch.int64).to(accelerator.device)
-    reduced: Tensor = accelerator.reduce(totals, "sum")
-    return reduced
+    local += [sum(m.num_padding_tokens for m in micro_batches)]
+    return backend.reduce(torch.tensor(local, dtype=torch.int64).to(backend.accelerator.device))
 
 
 def _sum_backward(
-    module: nn.Module,
+    backend: Backend,
     objective: SumObjective,
     counts: dict[str, Tensor],
     micro_batches: Sequence[MicroBatch],
-    accelerator: Accelerator,
     seed: int,
     step: int,
-) -> dict[str, Tensor]:
-    """Gradients of `sum_k weight_k * sum_k / count_k` with global counts; returns the global sums, metrics included."""
+    go_on: _Going,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """Gradients of `sum_k weight_k * sum_k / count_k` with global counts.
+
+    Returns the global sums, metrics included, and the counts; None: the ranks agreed to stop.
+    """
     names = (*objective.weights, *objective.metrics)
-    totals = {name: torch.zeros((), device=accelerator.device) for name in names}
+    device, rank = backend.accelerator.device, backend.accelerator.process_index
+    totals = {name: torch.zeros((), device=device) for name in names}
     for index, micro in enumerate(micro_batches):
-        _seed_forward(seed, step, index, accelerator.process_index)
-        inputs = _moved(micro, accelerator.device)
-        last = index == len(micro_batches) - 1
-        with _synced(accelerator, module, last):
-            sums = module(inputs)
-            parts = [weight * sums[term] / counts[term].clamp(min=1) for term, weight in objective.weights.items()]
-            # DDP averages gradients over ranks; ours are parts of one global mean, so they must add up.
-            accelerator.backward(torch.stack(parts).sum() * accelerator.num_processes)
+        if not go_on.on(index):
+            return None
+        _seed_forward(seed, step, index, rank)
+        last = index == len(micro_batches) - 1  # gradients are exchanged once a step
+        sums = backend.forward(_moved(micro, device), last=last)
+        parts = [weight * sums[term] / counts[term].clamp(min=1) for term, weight in objective.weights.items()]
+        go_on.back(index, last=last)
+        backend.backward(backend.scaled(torch.stack(parts).sum()), last=last)
         totals = {name: totals[name] + sums[name].detach() for name in names}
-    stacked: Tensor = accelerator.reduce(torch.stack(list(totals.values())), "sum")
-    return dict(zip(totals, stacked.unbind(), strict=True))
+    go_on.phases.enter(EXCHANGE)
+    stacked = backend.reduce(torch.stack(list(totals.values())))
+    return dict(zip(totals, stacked.unbind(), strict=True)), counts
 
 
 def _embedding_backward(
-    module: nn.Module,
+    backend: Backend,
     objective: EmbeddingObjective,
     micro_batches: Sequence[MicroBatch],
-    accelerator: Accelerator,
     seed: int,
     step: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    go_on: _Going,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
     """Gradients of a loss over all embeddings, with the memory of one micro-batch.
 
     Source: GradCache (Gao et al. 2021); differs in replaying dropout by seeds keyed on the micro-batch.
     """
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    inputs = [_moved(micro, accelerator.device) for micro in micro_batches]
+    accelerator = backend.accelerator
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    inputs = [_moved(micro, device) for micro in micro_batches]
     rows = []
     with torch.no_grad():
         for index, part in enumerate(inputs):
+            if not go_on.on(index):
+                return None
             _seed_forward(seed, step, index, rank)
-            rows.append(module(part)["embeddings"].float())
+            rows.append(backend.forward(part, last=False)["embeddings"].float())
     # gather gives [micro-batch 0 of all ranks, ...]; positions run micro-batch by micro-batch, rank by rank.
-    gathered = [accelerator.gather(part) for part in rows]
+    go_on.phases.enter(EXCHANGE)
+    gathered = [backend.gather(part) for part in rows]
     everything = torch.cat(gathered).detach().requires_grad_()
     loss = objective.loss(everything)
     (gradient,) = torch.autograd.grad(loss, everything)
     start = 0
     for index, part in enumerate(inputs):
+        if not go_on.on(index):
+            return None
         size = rows[index].shape[0]
         mine = gradient[start + rank * size : start + (rank + 1) * size]
         start += size * ranks
         _seed_forward(seed, step, index, rank)
-        with _synced(accelerator, module, index == len(inputs) - 1):
-            embeddings = module(part)["embeddings"].float()
-            accelerator.backward((embeddings * mine).sum() * ranks)
-    count = torch.ones((), dtype=torch.int64, device=accelerator.device)
+        last = index == len(inputs) - 1
+        embeddings = backend.forward(part, last=last)["embeddings"].float()
+        go_on.back(index, last=last)
+        backend.backward(backend.scaled((embeddings * mine).sum()), last=last)
+    count = torch.ones((), dtype=torch.int64, device=device)
     return {"loss": loss.detach()}, {"loss": count}
-
-
-def _update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> None:
-    """The gated update: the fused kernel leaves weights, moments and step count alone when `found_inf` is set."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.found_inf = 1.0 - finite  # type: ignore[attr-defined]  # read by the fused kernel; GradScaler sets it so
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
@@ -170,8 +217,3 @@ def _seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
 
 def _moved(micro: MicroBatch, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in micro.inputs.items()}
-
-
-def _synced(accelerator: Accelerator, module: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """Gradients are exchanged once a step, with the last micro-batch."""
-    return nullcontext() if last else accelerator.no_sync(module)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +23,9 @@ from lmssl.recipe.model import FAMILIES
 from lmssl.recipe.objective import MaskedObjective as Section
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 from lmssl.tokenizer.offsets import surface_bytes
+from lmssl.train.agree import Agreement
+from lmssl.train.backend import Replicated
+from lmssl.train.phases import Phases
 from lmssl.train.step import Measured, train_step
 from sequences import packed
 
@@ -61,8 +63,19 @@ def stepped(
     """One step from these micro-batches, and its gradients: AdamW's first moment is a tenth of them."""
     module = LossModule(copy.deepcopy(model), objective, bf16=False).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
-    arguments: dict[str, Any] = {"lr": 1e-3, "max_grad_norm": None, "seed": 1, "step": 0, "stop_requested": False}
-    measured = train_step(module, optimizer, objective, parts, Accelerator(cpu=True), **arguments)
+    optimizer.param_groups[0]["peak_lr"] = 1e-3
+    backend = Replicated(module, Accelerator(cpu=True), lambda: optimizer)
+    agreement = Agreement(lambda: False, lambda: 0.0)
+    measured = train_step(
+        *(backend, objective, parts),
+        lr_ratio=1.0,
+        max_grad_norm=None,
+        seed=1,
+        step=0,
+        agreement=agreement,
+        phases=Phases(),
+    )
+    assert measured is not None
     named = module.model.named_parameters()
     return measured, {name: optimizer.state[p]["exp_avg"] / 0.1 for name, p in named if p in optimizer.state}
 

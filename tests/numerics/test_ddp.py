@@ -127,7 +127,7 @@ def test_every_term_and_metric_is_that_of_one_process(tmp_path: Path, text_folde
             close = {"abs": 0.004} if name.endswith("accuracy") else {"rel": 2e-5}
             assert b[name] == pytest.approx(a[name], **close), name
         assert b["bits_per_byte"] == pytest.approx(a["bits_per_byte"], rel=3e-5)
-    for file in ("model.safetensors", checkpoint.AVERAGES):
+    for file in ("model", "ema"):
         ours, theirs = (tensors_of(checkpoint.find_step(tmp_path / name, None), file) for name in ("one", "two"))
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():

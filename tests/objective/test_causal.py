@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,9 @@ def test_empty_rows_have_no_targets() -> None:
     micro = CausalObjective().prepare(batch([], []))
     assert micro.counts == {"causal": 0}
     assert micro.num_padding_tokens == 48
+    # Rows beyond the batch are no sequences: how many there are follows from the number of ranks.
+    nothing = replace(batch([3], []), positions_B=np.array([0, -1]))
+    assert CausalObjective().prepare(nothing).num_padding_tokens == 24 - 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -69,17 +69,23 @@ CASES = [
     ("name=my run", "it must be letters, digits", "write my-run"),
     ("name=../..", "it must be letters, digits", "write my-run"),
     # Choices.
-    ("optim.kind=muon", 'optim.kind is "muon"; it must be adamw', "choose adamw"),
-    ("schedule.kind=cos", "it must be wsd, cosine or linear", "did you mean cosine?"),
-    ("schedule.kind=constant", "it must be wsd, cosine or linear", "write wsd with decay_ratio: 0"),
+    ("optim.kind=lion", 'optim.kind is "lion"; it must be adamw or muon', "choose"),
+    ("schedule.kind=cos", "it must be wsd, cosine, linear, inverse_sqrt or constant", "did you mean cosine?"),
+    ("schedule.kind=constant_with_warmup", "it must be wsd, cosine, linear", "write constant"),
     ("data.mixture.0.kind=txt", "it must be text, jsonl, parquet", "write text"),
-    ("train.precision=fp16", 'train.precision is "fp16"; it must be bf16 or fp32', "write bf16 (fp16 overflows"),
-    ("train.precision=32", "train.precision is 32; it must be bf16 or fp32", "write fp32"),
+    ("train.precision=float16", 'train.precision is "float16"; it must be bf16, fp32, fp16 or fp8', "write fp16"),
+    ("train.precision=32", "train.precision is 32; it must be bf16, fp32, fp16 or fp8", "write fp32"),
     ("train.compile=no", 'train.compile is "no"', "write off"),
     ("train.compile=false", "train.compile is false", "write off"),
     ("data.packing=bestfit", "it must be best_fit, concat or none", "did you mean best_fit?"),
     # Contradictions.
     ("train.batch_tokens=1000", "train.batch_tokens: 1000 is not a multiple of data.sequence_length=64", "use 1024"),
+    ("optim.head_lr=1e-3", "optim.head_lr: the head is the embedding", "leave it out"),
+    (
+        "optim={kind: muon, lr: 1e-3, momentum_warmup: {from_momentum: 0.99, tokens: 10}}",
+        "optim.momentum_warmup.from_momentum: 0.99 is more than optim.momentum=0.95",
+        "lower it",
+    ),
     ("data.mixture.1.weight=null", "data.mixture.1: the corpus b has no weight", "give all of them a weight, or none"),
     ("data.mixture.1.name=a", "data.mixture.1.name: a is also the name of data.mixture.0", "choose another"),
     (
@@ -116,7 +122,7 @@ def test_a_missing_key_names_its_section(refusal: Refusal) -> None:
     assert error.what == "the key objective is missing"
     assert error.remedy == "add objective: {kind: causal}"
     error = refusal(replace=[("kind: adamw, ", "")])
-    assert "optim.kind" in error.what and error.remedy == "add kind: adamw"
+    assert "optim.kind" in error.what and error.remedy == "add kind: adamw or muon"
 
 
 def test_missing_keys_of_a_section_are_one_problem(refusal: Refusal) -> None:

@@ -20,6 +20,8 @@ BROUGHT = {
     "torch_compile": "train.compile",
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep_last",
+    "save_top_k": "checkpoint.keep_best",
+    "async_save": "checkpoint.asynchronous",
     "eval_steps": "evaluate.every_steps",
     "logging_steps": "train.log_every_steps",
     "report_to": "track.with",
@@ -56,7 +58,7 @@ def test_foreign_names_lead_to_ours(theirs: str, ours: str) -> None:
         ("resume_from_checkpoint", "the same command continues"),
         ("deepspeed", "accelerate launch"),
         ("fsdp_transformer_layer_cls_to_wrap", "accelerate launch"),
-        ("push_to_hub", "hf upload"),
+        ("push_to_hub", "lmssl push"),
         ("hub_token", "never holds a token"),
         ("d_model", "hidden_size"),
         ("mlm_probability", "causal"),
@@ -99,7 +101,7 @@ def test_secrets_are_known_by_name() -> None:
 def test_foreign_values() -> None:
     assert foreign_value("schedule.kind", "warmup_stable_decay") == "wsd"
     assert foreign_value("data.mixture.3.kind", "json") == "jsonl"
-    assert "bf16" in str(foreign_value("train.precision", "FP16"))
+    assert foreign_value("train.precision", "FP16") == "fp16"
     assert foreign_value("optim.lr", "fp16") is None
 
 

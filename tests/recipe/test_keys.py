@@ -5,11 +5,14 @@ from pydantic.fields import FieldInfo
 from lmssl.recipe import keys
 from lmssl.recipe.data import JsonlCorpus, TextCorpus
 from lmssl.recipe.model import LlamaModel, OtherModel
-from lmssl.recipe.sections import AdamW, Recipe, WsdSchedule
+from lmssl.recipe.optim import AdamW
+from lmssl.recipe.schedule import WsdSchedule
+from lmssl.recipe.sections import Recipe
 
 DATA = {
     "data": {"mixture": [{"kind": "text"}, {"kind": "jsonl"}, {"kind": "?"}]},
     "model": {"kind": "llama"},
+    "optim": {"kind": "adamw"},
     "schedule": {"kind": "wsd"},
 }
 
@@ -33,9 +36,9 @@ def test_sections_are_chosen_by_kind() -> None:
 
 
 def test_annotations_of_values_and_items() -> None:
-    assert keys.annotation_at(("optim", "betas", "2"), {}, Recipe) is None
-    assert keys.options(keys.annotation_at(("optim", "betas", "1"), {}, Recipe)) == [float]
-    assert keys.annotation_at(("optim", "lr", "x"), {}, Recipe) is None
+    assert keys.annotation_at(("optim", "betas", "2"), DATA, Recipe) is None
+    assert keys.options(keys.annotation_at(("optim", "betas", "1"), DATA, Recipe)) == [float]
+    assert keys.annotation_at(("optim", "lr", "x"), DATA, Recipe) is None
     field = keys.field_at(("track", "with"), {}, Recipe)
     assert isinstance(field, FieldInfo) and field.alias == "with"
     assert keys.field_at((), {}, Recipe) is None

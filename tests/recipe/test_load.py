@@ -106,6 +106,7 @@ def test_differences_are_named_with_old_and_new(load: Load) -> None:
         ("schedule.kind", "wsd", "cosine"),
         ("schedule.warmup_tokens", 1000, 0),
         ("schedule.decay_ratio", 0.1, None),
+        ("schedule.decay", "linear", None),
         ("schedule.min_lr_ratio", 0.0, 0.1),
     ]
 

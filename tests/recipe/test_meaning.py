@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lmssl.recipe.meaning import fill_descriptions, meanings, section_classes
 from lmssl.recipe.model import LlamaModel
-from lmssl.recipe.sections import AdamW
+from lmssl.recipe.optim import AdamW
 from lmssl.recipe.train import TrainSection
 
 

@@ -7,7 +7,7 @@ import pytest
 from lmssl.errors import RecipeError
 from lmssl.recipe.load import Loaded
 from lmssl.recipe.model import Gpt2Model
-from lmssl.recipe.sections import CosineSchedule
+from lmssl.recipe.schedule import CosineSchedule
 
 Load = Callable[..., Loaded]
 Refusal = Callable[..., RecipeError]

@@ -68,6 +68,8 @@ def validation_set(keys: str) -> str:
         ([validation_set("name: c, weight: 1")], "data.validation.sets.0.weight", "not trained on"),
         ([validation_set("name: c, max_epochs: 1")], "data.validation.sets.0.max_epochs", "not trained on"),
         (["data.validation=null", "evaluate.every_steps=3"], "evaluate.every_steps", "nothing to evaluate on"),
+        (["checkpoint.keep_best=1"], "checkpoint.keep_best", "no checkpoint but the last has a validation loss"),
+        (["checkpoint.keep_best=1", "evaluate.every_steps=300"], "checkpoint.keep_best", "not every checkpoint has"),
         (["schedule.warmup_tokens=2e5"], "schedule.warmup_tokens", "more than train.tokens=100000"),
         (["schedule.warmup_tokens=95000"], "schedule.decay_ratio", "before the warmup of 95000 tokens ends"),
         (["model.max_position_embeddings=32"], "model.max_position_embeddings", "32 is less than data.sequence_length"),

@@ -19,7 +19,7 @@ from lmssl.objective.base import MicroBatch
 from lmssl.objective.causal import CausalObjective
 from lmssl.objective.module import LossModule
 from lmssl.recipe.load import load_recipe
-from lmssl.train import session
+from lmssl.train import opening
 from lmssl.train.proof import compiled_difference, has_dropout
 from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
@@ -102,7 +102,7 @@ def test_a_run_goes_on_without_a_wrong_compiler(
     changes: dict[str, Any] = {"train.precision": "fp32"}
     eager = small_recipe(text_folder, tmp_path / "eager", tmp_path / "cache", steps=3, **changes)
     train(load_recipe(write_recipe(tmp_path / "eager.yaml", eager)))
-    monkeypatch.setattr(session, "compile_module", compile_wrongly)
+    monkeypatch.setattr(opening, "compile_module", compile_wrongly)
     wrong = small_recipe(
         text_folder, tmp_path / "wrong", tmp_path / "cache", steps=3, **changes, **{"train.compile": "model"}
     )

@@ -18,7 +18,7 @@ from lmssl.data.stream import SequenceStream
 from lmssl.errors import DataError, Preempted
 from lmssl.recipe.load import load_recipe
 from lmssl.tokenizer.load import load_tokenizer
-from lmssl.train import run as run_module
+from lmssl.train import loop as loop_module
 from lmssl.train.run import train
 from lmssl.train.set_aside import SetAside
 from runs import small_recipe, write_recipe
@@ -141,7 +141,7 @@ def test_an_interrupted_run_has_its_lists_and_continues_them(
 ) -> None:
     whole = start(tmp_path / "whole", recipe_of(tmp_path / "whole", text_folder, steps=12))
     recipe = recipe_of(tmp_path / "part", text_folder, steps=12, **{"checkpoint.every_steps": 3})
-    step = run_module.train_step
+    step = loop_module.train_step
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         if named["step"] == 4:
@@ -151,7 +151,7 @@ def test_an_interrupted_run_has_its_lists_and_continues_them(
         return step(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "train_step", interrupted)
+        patch.setattr(loop_module, "train_step", interrupted)
         with pytest.raises(Preempted if how == "signal" else DataError):
             start(tmp_path / "part", recipe)
     run = tmp_path / "part" / "run"
@@ -167,13 +167,13 @@ def test_an_interrupted_run_has_its_lists_and_continues_them(
 def test_lists_appear_with_a_checkpoint(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed process writes nothing more, so what it leaves is what stood there at the last save."""
     found = []
-    save = checkpoint.save
+    save = checkpoint.Saver.save
 
-    def noted(run: Path, step: int, **contents: Any) -> None:
-        found.append((step, listed(run)))
-        save(run, step, **contents)
+    def noted(saver: checkpoint.Saver, step: int, **contents: Any) -> float:
+        found.append((step, listed(tmp_path / "run")))
+        return save(saver, step, **contents)
 
-    monkeypatch.setattr(checkpoint, "save", noted)
+    monkeypatch.setattr(checkpoint.Saver, "save", noted)
     run = start(tmp_path, recipe_of(tmp_path, text_folder, steps=12, **{"checkpoint.every_steps": 6}))
     assert [step for step, _ in found] == [6, 12]
     assert len(found[0][1][1]) < len(found[1][1][1]) and found[1][1] == listed(run)

@@ -16,6 +16,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from lmssl.data.batch import SequenceBatch
 from lmssl.objective.base import EmbeddingObjective, MicroBatch, SumObjective
 from lmssl.objective.module import LossModule
+from lmssl.train.agree import Agreement
+from lmssl.train.backend import Replicated
+from lmssl.train.guard import Limits
+from lmssl.train.phases import Phases
 from lmssl.train.step import Measured, train_step
 
 LLAMA = LlamaConfig(
@@ -88,7 +92,9 @@ def built(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     module = LossModule(model, objective, bf16=False).train()
-    return module, torch.optim.AdamW(module.parameters(), lr=1.0, fused=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1.0, fused=True)
+    optimizer.param_groups[0]["peak_lr"] = 1.0
+    return module, optimizer
 
 
 def step(
@@ -97,19 +103,35 @@ def step(
     parts: list[MicroBatch],
     *,
     clip: float | None = None,
-    stop: bool = False,
+    limits: Limits | None = None,
 ) -> Measured:
+    measured = try_step(module, optimizer, parts, clip=clip, limits=limits)
+    assert measured is not None
+    return measured
+
+
+def try_step(
+    module: LossModule,
+    optimizer: torch.optim.Optimizer,
+    parts: list[MicroBatch],
+    *,
+    clip: float | None = None,
+    limits: Limits | None = None,
+    stop_at: int = 1000,
+) -> Measured | None:
+    """`stop_at`: the question, from 0, at which the ranks agree to stop."""
+    asked = iter(range(10**6))
     return train_step(
-        module,
-        optimizer,
+        Replicated(module, Accelerator(cpu=True), lambda: optimizer),
         module.objective,
         parts,
-        Accelerator(cpu=True),
-        lr=1e-2,
+        lr_ratio=1e-2,
         max_grad_norm=clip,
         seed=7,
         step=0,
-        stop_requested=stop,
+        agreement=Agreement(lambda: next(asked) >= stop_at, lambda: 0.0),
+        phases=Phases(),
+        limits=limits,
     )
 
 
@@ -131,7 +153,8 @@ def test_micro_batches_of_unequal_targets_add_up_to_one_big_batch() -> None:
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
     assert int(measured.counts["next"]) == 29
     torch.testing.assert_close(measured.sums["next"], sums["next"], rtol=1e-5, atol=0)
-    assert (float(measured.num_bytes), int(measured.num_padding_tokens), int(measured.stop)) == (72.0, 3, 0)
+    assert (float(measured.num_bytes), int(measured.num_padding_tokens)) == (72.0, 3)
+    torch.testing.assert_close(measured.loss, loss.detach())
 
 
 def test_mean_of_means_would_differ_here() -> None:
@@ -219,7 +242,32 @@ def test_clipping_scales_the_whole_gradient() -> None:
         torch.testing.assert_close(a * (0.01 / norm), b, rtol=1e-3, atol=1e-9)
 
 
-def test_stop_requests_are_counted() -> None:
+@pytest.mark.parametrize("objective", [TwoTerms, Contrast])
+@pytest.mark.parametrize("stop_at", [0, 1, 2])
+def test_a_stop_drops_what_was_accumulated(objective: type[TwoTerms | Contrast], stop_at: int) -> None:
+    """Asked before the step and before each micro-batch; the next step is as if this one had not been tried."""
+    ids, targets = rows(4, [5, 5, 2, 1])
+    parts = [micro(ids[:2], targets[:2]), micro(ids[2:], targets[2:])]
+    module, optimizer = built(LLAMA, objective())
+    reference, other = built(LLAMA, objective())
+    assert try_step(module, optimizer, parts, stop_at=stop_at) is None
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not optimizer.state
+    step(module, optimizer, parts)
+    step(reference, other, parts)
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name]), name
+
+
+def test_a_step_above_its_limits_changes_nothing() -> None:
     ids, targets = rows(2, [5, 5])
     module, optimizer = built(LLAMA, TwoTerms())
-    assert int(step(module, optimizer, [micro(ids, targets)], stop=True).stop) == 1
+    weights = copy.deepcopy(module.state_dict())
+    seen = step(module, optimizer, [micro(ids, targets)], limits=Limits(loss=0.1))
+    norm = float(seen.grad_norm)
+    assert float(seen.finite) == 0.0
+    assert float(step(module, optimizer, [micro(ids, targets)], limits=Limits(grad_norm=0.99 * norm)).finite) == 0.0
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+    within = Limits(loss=float(seen.loss) * 1.01, grad_norm=1.01 * norm)
+    assert float(step(module, optimizer, [micro(ids, targets)], limits=within).finite) == 1.0
+    assert not all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())

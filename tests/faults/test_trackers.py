@@ -1,0 +1,104 @@
+"""Trackers that cannot be imported, cannot begin, do not answer: one warning, and training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from lmssl import checkpoint
+from lmssl.recipe.load import load_recipe
+from lmssl.train import trackers
+from lmssl.train.run import train
+from lmssl.train.trackers import Trackers
+from runs import metrics, small_recipe, write_recipe
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def run(folder: Path, text: Path) -> None:
+    """Three steps with tensorboard."""
+    changes = {**{f"model.{key}": value for key, value in SIZES.items()}, "track.with": ["tensorboard"]}
+    recipe = small_recipe(text, folder / "run", folder / "cache", steps=3, **changes)
+    out = train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)))
+    assert checkpoint.find_step(out, None).step == 3
+    assert [row["step"] for row in metrics(out) if row["kind"] == "train"] == [1, 2, 3]
+
+
+def warnings_in(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "a tracker (" in line]
+
+
+def test_a_tracker_that_cannot_be_imported(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its package is there, and is broken."""
+
+    def broken(*_: Any) -> None:
+        raise ImportError("libprotobuf is of another version")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", broken)
+    run(tmp_path, text_folder)
+    (line,) = warnings_in(capsys.readouterr().out)
+    assert "a tracker (tensorboard) failed, training goes on: it cannot begin: ImportError" in line
+
+
+def test_a_tracker_whose_server_is_not_there(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    run(tmp_path, text_folder)
+    (line,) = warnings_in(capsys.readouterr().out)
+    assert "connection refused" in line
+
+
+def test_a_tracker_that_does_not_answer_costs_seconds_at_the_end(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, **__: released.wait(600))
+    monkeypatch.setattr(trackers, "_FAREWELL_SECONDS", 0.5)
+    monkeypatch.setattr(trackers, "_WAITING_ROWS", 2)
+    run(tmp_path, text_folder)
+    released.set()
+    (line,) = warnings_in(capsys.readouterr().out)
+    assert "too slow" in line
+
+
+def test_what_waits_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the run, by the thread that began; only numbers."""
+    sent: list[tuple[int, dict[str, Any]]] = []
+    threads = set()
+
+    def begin(self: Accelerator, name: str, config: dict[str, Any]) -> None:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.3)
+
+    def log(self: Accelerator, row: dict[str, Any], step: int) -> None:
+        threads.add(threading.current_thread().name)
+        sent.append((step, row))
+
+    monkeypatch.setattr(Accelerator, "init_trackers", begin)
+    monkeypatch.setattr(Accelerator, "log", log)
+    said: list[str] = []
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir="unused")
+    with Trackers(accelerator, ["tensorboard"], "name", {}, said.append) as found:
+        for step in (1, 2):
+            found.log({"kind": "train", "step": step, "time": {"mfu": None, "seconds": 2.0}})
+    assert sent == [(step, {"step": step, "time/seconds": 2.0}) for step in (1, 2)]
+    assert threads == {"trackers"}
+    assert said == []
+
+
+def test_a_tracker_that_accelerate_drops_is_said() -> None:
+    said: list[str] = []
+    with Trackers(Accelerator(cpu=True), ["wandb"], "name", {}, said.append):
+        pass
+    assert said == ["a tracker (wandb) failed, training goes on: accelerate does not find its package whole"]

@@ -1,0 +1,291 @@
+"""Every backend trains the run that one process trains, and continues what any other has saved.
+
+Two processes on CPU, paragraphs one by one in short rows, so that the ranks' target counts differ; three micro-batches
+a step, a clipped gradient, averages of the weights. Launched as a user would, by `accelerate launch` and the files of
+recipes/launch; FSDP2 with the shim of fsdp_cpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmssl import checkpoint
+from lmssl.checkpoint import checkpoints_path
+from lmssl.recipe.load import load_recipe
+from lmssl.train.run import train
+from runs import metrics, small_recipe, tensors_of, write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+HERE = Path(__file__).parent
+STEPS, HALF = 20, 10
+FILES = {
+    "ddp": "ddp",
+    "fsdp2": "fsdp2",
+    "zero1": "zero1",
+    "zero2": "zero2",
+    "zero3": "zero3",
+    "zero2-offload": "zero2-offload",
+    "zero3-offload": "zero3-offload",
+}
+"""What two processes are launched with. HSDP needs four: accelerate wants more than one shard."""
+RESHARDED = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+GROUPS = ("model", "optim", "ema")
+
+
+def recipe_of(folder: Path, text: Path, name: str, **changes: Any) -> Path:
+    """24 rows a step in micro-batches of 5: three a rank, the last of them short."""
+    recipe = small_recipe(
+        text,
+        folder / name,
+        text.parent / "parity-cache",
+        steps=STEPS,
+        **{
+            "data.packing": "none",
+            "model.hidden_size": 32,
+            "model.intermediate_size": 64,
+            "model.tie_word_embeddings": True,
+            "optim.max_grad_norm": 0.5,
+            "train.precision": "fp32",
+            "train.micro_batch_sequences": 5,
+            "train.batch_tokens": 64 * 24,
+            "train.tokens": 64 * 24 * STEPS,
+            "train.ema_decay": 0.9,
+            "evaluate.every_steps": HALF,
+            "checkpoint.every_steps": HALF,
+            **changes,
+        },
+    )
+    return write_recipe(folder / f"{name}.yaml", recipe)
+
+
+def finish(command: list[str], **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+def launch(root: Path, file: str, recipe: Path, *more: str, processes: int = 2) -> None:
+    """As a user would, with a file of recipes/launch; how many processes comes from the command line."""
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(root / f"recipes/launch/{file}.yaml")]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", *more]
+    through_shim = [str(HERE / "fsdp_cpu.py")] if "fsdp" in file else ["-m", "lmssl"]
+    environment = {"ACCELERATE_USE_CPU": "true"} if file == "ddp" else {}
+    finish([*command, *through_shim, "train", str(recipe)], **environment)
+
+
+def run_segments(plan: Path, segments: list[dict[str, Any]], *, processes: int = 2) -> None:
+    """Many runs in the processes of one launch."""
+    plan.write_text(json.dumps(segments), encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    finish([*torchrun, str(HERE / "segments.py"), str(plan)])
+
+
+def differences(ours: Path, theirs: Path, step: int) -> dict[str, float]:
+    """The largest absolute difference of a number in each group of tensors of two runs' checkpoints."""
+    a, b = (checkpoint.find_step(run, step) for run in (ours, theirs))
+    found = {}
+    for group in GROUPS:
+        first, second = tensors_of(a, group), tensors_of(b, group)
+        assert first.keys() == second.keys()
+        assert all(first[name].shape == second[name].shape for name in first)
+        found[group] = max(float((first[name] - second[name]).abs().max()) for name in first)
+    return found
+
+
+def assert_same_run(ours: Path, theirs: Path, *, loss: float, weights: float) -> None:
+    """Each step's loss, counts and norm, evaluations, and all tensors at the end."""
+    rows = list(zip(metrics(ours), metrics(theirs), strict=True))
+    assert len(rows) == STEPS + 3
+    for a, b in rows:
+        same = ("kind", "step", "tokens", "num_targets", "next_position", "lr")
+        assert [a.get(name) for name in same] == [b.get(name) for name in same]
+        assert b["loss"] == pytest.approx(a["loss"], rel=loss)
+        if a["kind"] == "train":
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=100 * loss)
+    found = differences(ours, theirs, STEPS)
+    print(f"{theirs.name}: loss {max(abs(a['loss'] - b['loss']) for a, b in rows):.1e}", found)
+    assert max(found.values()) <= weights, found
+    steps = [
+        value for name, value in tensors_of(checkpoint.find_step(theirs, STEPS), "optim").items() if "step/" in name
+    ]
+    assert steps
+    assert all(float(value) == STEPS for value in steps)
+
+
+ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+WORDPIECE = {"tokenizer": {"path": "tokenizer/wordpiece-8k"}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "untied": {"model": {"kind": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "tie_word_embeddings": False}},
+    "bert": WORDPIECE | {"objective": {"kind": "masked"}, "model": {"kind": "bert", **ENCODER}},
+    "electra": WORDPIECE
+    | {"objective": {"kind": "replaced"}, "model": {"kind": "electra", "embedding_size": 16, **ENCODER}},
+    "t5": {
+        "tokenizer": {"path": "tokenizer/t5-8k"},
+        "objective": {"kind": "span"},
+        "model": {"kind": "t5", "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2},
+    },
+}
+"""Weights outside of layers that are read in many ways: tied and not, by two models, by two stacks."""
+
+
+def family_recipe(folder: Path, text: Path, name: str) -> Path:
+    changes: dict[str, Any] = {"data.packing": "none", "train.precision": "fp32", "train.micro_batch_sequences": 5}
+    changes |= {"train.batch_tokens": 64 * 24, "train.tokens": 64 * 24 * 6, "evaluate.every_steps": 3}
+    changes |= FAMILIES[name.split("-")[0]]
+    recipe = small_recipe(text, folder / name, text.parent / "parity-cache", steps=6, **changes)
+    return write_recipe(folder / f"{name}.yaml", recipe)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    """Where runs lie; `single` is that of one process."""
+    folder = tmp_path_factory.mktemp("parity")
+    train(load_recipe(recipe_of(folder, text_folder, "single")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(runs: Path, text_folder: Path, root: Path) -> dict[str, Path]:
+    """Runs by backend, launched when they are asked for."""
+    return {"single": runs / "single"}
+
+
+def run_under(backend: str, runs: Path, launched: dict[str, Path], text_folder: Path, root: Path) -> Path:
+    if backend not in launched:
+        launch(root, FILES[backend], recipe_of(runs, text_folder, backend))
+        launched[backend] = runs / backend
+    return launched[backend]
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_two_processes_equal_one(
+    backend: str, runs: Path, launched: dict[str, Path], text_folder: Path, root: Path
+) -> None:
+    theirs = run_under(backend, runs, launched, text_folder, root)
+    assert_same_run(launched["single"], theirs, loss=5e-6, weights=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_bfloat16_equals_one_process_as_far_as_it_rounds(
+    backend: str, runs: Path, text_folder: Path, root: Path
+) -> None:
+    folder = runs / "bf16"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "single").exists():
+        train(load_recipe(recipe_of(folder, text_folder, "single", **{"train.precision": "bf16"})))
+    launch(root, FILES[backend], recipe_of(folder, text_folder, backend, **{"train.precision": "bf16"}))
+    assert_same_run(folder / "single", folder / backend, loss=5e-4, weights=5e-3)
+
+
+def test_four_processes_in_two_replicas_equal_one(runs: Path, text_folder: Path, root: Path) -> None:
+    """2 x 2: weights are divided and there are copies of each part."""
+    recipe = recipe_of(runs, text_folder, "hsdp-2x2", **{"train.micro_batch_sequences": 3})
+    launch(root, "fsdp2-hybrid", recipe, "--parallelism_config_dp_shard_size", "2", processes=4)
+    assert_same_run(runs / "single", runs / "hsdp-2x2", loss=5e-6, weights=2e-5)
+
+
+def test_any_backend_continues_what_any_other_saved(
+    runs: Path, launched: dict[str, Path], text_folder: Path, root: Path
+) -> None:
+    """Step 10 as saved under A, continued under B, is at step 20 what an uninterrupted run is: all 30 ordered pairs.
+
+    Where A is one process, B also begins a step and drops it, and makes one without its update.
+    """
+    pairs = list(permutations(RESHARDED, 2))
+    for before, after in pairs:
+        run = shutil.copytree(run_under(before, runs, launched, text_folder, root), runs / f"{before}-to-{after}")
+        shutil.rmtree(checkpoints_path(run) / f"step-{STEPS:08d}")
+        recipe_of(runs, text_folder, run.name)
+    plan = [
+        {"backend": after, "recipe": str(runs / f"{before}-to-{after}.yaml"), "disturb": before == "single"}
+        for before, after in pairs
+        if after != "single"
+    ]
+    run_segments(runs / "plan.json", plan)
+    for before, after in pairs:
+        run = runs / f"{before}-to-{after}"
+        if after == "single":
+            train(load_recipe(runs / f"{run.name}.yaml"))
+        sessions = (run / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(sessions[-1])["from_step"] == HALF
+        assert_same_run(launched["single"], run, loss=5e-6, weights=2e-5)
+
+
+@pytest.mark.parametrize("before", ["single", "zero3"])
+def test_loading_and_saving_change_no_bit(
+    before: str, runs: Path, launched: dict[str, Path], text_folder: Path, root: Path
+) -> None:
+    """What each backend would save, having loaded another's step 10, is that: weights, states, counts, averages."""
+    source = run_under(before, runs, launched, text_folder, root)
+    plan = []
+    for backend in (*FILES, "hsdp"):
+        run = shutil.copytree(source, runs / f"{before}-as-{backend}")
+        shutil.rmtree(checkpoints_path(run) / f"step-{STEPS:08d}")
+        recipe = recipe_of(runs, text_folder, run.name, **{"train.micro_batch_sequences": 3})
+        plan.append({"backend": backend, "recipe": str(recipe), "exact": True})
+    run_segments(runs / "exact.json", plan[:-1])
+    run_segments(runs / "exact.json", plan[-1:], processes=4)
+
+
+def test_every_family_is_divided_well(runs: Path, text_folder: Path) -> None:
+    """What reads weights outside of layers reads whole ones: six steps of each family under what divides weights."""
+    names = [f"{family}-{backend}" for family in FAMILIES for backend in ("fsdp2", "zero3")]
+    plan = [{"backend": n.split("-")[1], "recipe": str(family_recipe(runs, text_folder, n))} for n in names]
+    run_segments(runs / "families.json", plan)
+    for family in FAMILIES:
+        train(load_recipe(family_recipe(runs, text_folder, family)))
+        for name in (f"{family}-fsdp2", f"{family}-zero3"):
+            ours, theirs = (checkpoint.find_step(runs / run, None) for run in (family, name))
+            first, second = tensors_of(ours, "model"), tensors_of(theirs, "model")
+            assert first.keys() == second.keys()
+            found = max(float((first[key] - second[key]).abs().max()) for key in first)
+            print(f"{name}: {found:.1e}")
+            assert found < 1e-4, name
+            for a, b in zip(metrics(runs / family), metrics(runs / name), strict=True):
+                assert b["loss"] == pytest.approx(a["loss"], rel=2e-5), name
+
+
+MUON: dict[str, Any] = {
+    "optim": {
+        "kind": "muon",
+        "lr": 3e-3,
+        "max_grad_norm": 0.5,
+        "momentum_warmup": {"from_momentum": 0.8, "tokens": 64 * 24 * 15},
+    }
+}
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_muon_divided_over_two_processes_equals_one(backend: str, runs: Path, text_folder: Path, root: Path) -> None:
+    """Two processes divide it (DDP: momentum and work; FSDP2: work) and continue what one has saved, and one theirs."""
+    folder = runs / "muon"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "single").exists():
+        train(load_recipe(recipe_of(folder, text_folder, "single", **MUON)))
+    launch(root, FILES[backend], recipe_of(folder, text_folder, backend, **MUON))
+    for before, after in ((backend, "single"), ("single", backend)):
+        run = shutil.copytree(folder / before, folder / f"{before}-to-{after}")
+        shutil.rmtree(checkpoints_path(run) / f"step-{STEPS:08d}")
+        recipe = recipe_of(folder, text_folder, run.name, **MUON)
+        if after == "single":
+            train(load_recipe(recipe))
+        else:
+            launch(root, FILES[backend], recipe)
+    for name in (backend, f"{backend}-to-single", f"single-to-{backend}"):
+        assert_same_run(folder / "single", folder / name, loss=5e-6, weights=2e-5)
