@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from lmssl.objective.base import MicroBatch, SumObjective
-from lmssl.objective.module import LossModule
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,21 @@ def mean(total: float, count: float) -> float | None:
 
 
 def evaluate_loss(
-    module: LossModule,
+    module: nn.Module,
     objective: SumObjective,
     splits: Mapping[str, Iterable[MicroBatch]],
     accelerator: Accelerator,
     *,
     apart: Collection[str] = (),
-) -> dict[str, LossResult]:
+    go_on: Callable[[], bool] = lambda: True,
+) -> dict[str, LossResult] | None:
     """Loss of every corpus and, under `""`, of all together; the same for any batch size and number of processes.
 
     Args:
-        module: the unwrapped module; it is left in the mode it came in.
+        module: a `LossModule`, or what wraps one; it is left in the mode it came in.
         splits: this rank's micro-batches by corpus, equally many on every rank.
         apart: those that do not count in the loss of all together.
+        go_on: asked before each micro-batch, and must answer the same on every rank; after a no the result is None.
     """
     names = (*objective.weights, *objective.metrics)
     sums: dict[str, torch.Tensor] = {}
@@ -73,6 +75,8 @@ def evaluate_loss(
             for corpus, batches in splits.items():
                 sums[corpus] = torch.zeros(2 * len(names) + 1, dtype=torch.float64)
                 for micro in batches:
+                    if not go_on():
+                        return None
                     inputs = {name: tensor.to(accelerator.device) for name, tensor in micro.inputs.items()}
                     found = module(inputs)
                     of_names = [value for name in names for value in (float(found[name]), micro.counts[name])]
