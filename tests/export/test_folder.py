@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmssl import checkpoint, export
+from lmssl import checkpoint
 from lmssl.errors import CheckpointError, ExportError
-from lmssl.export import export_run
+from lmssl.export import export_run, verify
 from lmssl.recipe.load import load_recipe
 from lmssl.train.run import train
 from runs import small_recipe, write_recipe
@@ -76,10 +76,12 @@ def test_what_transformers_4_and_others_need_is_there(out: Path) -> None:
         "README.md",
         "config.json",
         "generation_config.json",
+        "lmssl.json",
         "model.safetensors",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training_curve.svg",
     }
 
 
@@ -131,15 +133,15 @@ def test_an_unwritable_place(run: Path, tmp_path: Path) -> None:
 def test_a_reload_that_differs_is_refused_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = export.VERIFY.replace('"logits": logits', '"logits": logits + 1')
-    monkeypatch.setattr(export, "VERIFY", broken)
+    broken = verify.VERIFY.replace('"logits": logits', '"logits": logits + 1')
+    monkeypatch.setattr(verify, "VERIFY", broken)
     with pytest.raises(ExportError, match="logits differ by 1"):
         export_run(run, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reload_that_fails_shows_why(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "VERIFY", "raise SystemExit('no such architecture')")
+    monkeypatch.setattr(verify, "VERIFY", "raise SystemExit('no such architecture')")
     with pytest.raises(ExportError, match="no such architecture"):
         export_run(run, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -135,7 +135,7 @@ def test_averages_are_exported(exported: Path, capsys: pytest.CaptureFixture[str
     run = exported.parent / "run"
     assert cli.main(["export", str(run), "--ema"]) == 0
     assert "exported step 3" in capsys.readouterr().out
-    averages = checkpoint.find_step(run, None).tensors(checkpoint.AVERAGES)
+    averages = checkpoint.find_step(run, None).tensors("ema")
     written, plain = (load_file(folder / "model.safetensors") for folder in (run / "export-ema", exported))
     assert written.keys() == plain.keys()
     assert all(torch.equal(written[name], averages[name]) for name in written)
