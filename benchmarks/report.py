@@ -10,6 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 HERE = Path(__file__).parent
 
 
@@ -134,21 +136,121 @@ def quality(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(record)])
 
 
-TABLES = {"train": train, "startup": startup, "data": data, "start": start, "head": head, "quality": quality}
+def optim(record: dict[str, Any]) -> str:
+    """Muon against AdamW: final losses, and steps for the same loss."""
+    steps = f"{record['steps']:,} steps of {record['batch_tokens']:,} tokens"
+    rates = (
+        f"AdamW's best rate {record['adamw']['lr']:g}; Muon's {record['muon']['lr']:g} for matrices and "
+        f"{record['muon']['adamw_lr']:g} for the rest"
+    )
+    lines = [
+        "## Muon against a tuned AdamW\n",
+        f"Llama of size {record['size']}, {steps}; held-out loss at the end of a decay. {rates}.\n",
+        "| seed | AdamW | Muon | steps of Muon / steps of AdamW for AdamW's loss | seconds of a step, Muon / AdamW |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["seeds"]:
+        ratio = "not reached" if row["steps_ratio"] is None else f"{row['steps_ratio'] or 0.4:.2f}"
+        ratio += "" if row["steps_ratio"] != 0 else " or less"
+        losses = f"{row['adamw_loss']:.4f} | {row['muon_loss']:.4f}"
+        lines.append(f"| {row['seed']} | {losses} | {ratio} | {row['step_seconds_ratio']:.2f} |")
+    return "\n".join([*lines, "", where(record)])
+
+
+def transfer(records: list[dict[str, Any]]) -> str:
+    """Scores by number of labels, from random and from pretrained weights; the newest setup's runs."""
+    records = [row for row in records if row["setup"] == records[-1]["setup"] and row["purpose"] == "score"]
+    first, model = records[0], records[0]["model"]
+    num_seeds = len({row["seed"] for row in records})
+    lines = [
+        f"## Transfer, {first['objective']}\n",
+        f"Fine-tuning {model['kind']}, {model['num_hidden_layers']} layers of {model['hidden_size']}, pretrained on "
+        f"{first['pretrain_tokens'] / 1e6:,.0f} M tokens of books, and the same architecture from random weights, on "
+        f"the same labels and with as many updates, each at its own best rate. Means over {num_seeds} seeds, which "
+        "also draw the labels, with 95 % confidence intervals (Student's t); differences are paired by seed.\n",
+        "| task, metric | labels | majority | from random | from pretrained | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in dict.fromkeys(row["task"] for row in records):
+        for size in sorted({row["num_labels"] for row in records if row["task"] == task}):
+            rows = [row for row in records if (row["task"], row["num_labels"]) == (task, size)]
+            by_start = {
+                start: {row["seed"]: row["score"] for row in rows if row["start"] == start}
+                for start in ("random", "pretrained")
+            }
+            both = sorted(by_start["random"].keys() & by_start["pretrained"].keys())
+            if not both:
+                continue
+            ours, theirs = ([by_start[start][seed] for seed in both] for start in ("pretrained", "random"))
+            gain = [a - b for a, b in zip(ours, theirs, strict=True)]
+            majority = statistics.mean(row["majority"] for row in rows)
+            name = f"{task}, {rows[0]['metric']}".replace("_", " ")
+            lines.append(
+                f"| {name} | {size:,} | {majority:.3f} | {mean_interval(theirs)} | {mean_interval(ours)} "
+                f"| {mean_interval(gain, '+.3f')} |"
+            )
+    return "\n".join([*lines, "", where(first)])
+
+
+def mean_interval(values: list[float], form: str = ".3f") -> str:
+    """Mean with half the width of its 95 % confidence interval."""
+    if len(values) < 2:
+        return f"{values[0]:{form}}"
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):{form}} ± {half:.3f}"
+
+
+def checkpoint(record: dict[str, Any]) -> str:
+    """Pauses for saves, and seconds to the first step after a resume."""
+    lines = [
+        "## Checkpoints\n",
+        f"llama of {record['num_parameters']:,} parameters with AdamW, {record['num_bytes'] / 1e6:,.0f} MB a "
+        f"checkpoint, {record['threads']} threads. Pause: how long training stands still; whole: until the checkpoint "
+        "is on the disk and read back; pairs in turn. Resume: from the start of the command to the end of the first "
+        "step, of one short sequence, not compiled.\n",
+        "| what | seconds |",
+        "| --- | --- |",
+    ]
+    for name, rows in record["saves"].items():
+        for label, key in (("pause", "pause_seconds"), ("whole", "total_seconds")):
+            lines.append(f"| {name} save, {label} | {spread([row[key] for row in rows], '.2f')} |")
+    lines.append(f"| ratio of the pauses, asynchronous to synchronous | {spread(record['pause_ratio'], '.3f')} |")
+    for name, step in (("near", 3), ("far", record["far_step"])):
+        lines.append(f"| resume at step {step:,} | {spread(record['resume_seconds'][name], '.2f')} |")
+    return "\n".join([*lines, "", where(record)])
+
+
+TABLES = {
+    "train": train,
+    "startup": startup,
+    "data": data,
+    "start": start,
+    "head": head,
+    "quality": quality,
+    "optim": optim,
+    "checkpoint": checkpoint,
+}
 
 
 def main() -> None:
     """Write the newest record of every benchmark as a table."""
     newest: dict[str, dict[str, Any]] = {}
+    transfers: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((HERE / "results").glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            newest[record["benchmark"]] = record
+            if record["benchmark"] == "optim" and record["kind"] == "run":
+                continue
+            if record["benchmark"] == "transfer":
+                transfers.setdefault(record["objective"], []).append(record)
+            else:
+                newest[record["benchmark"]] = record
     head = (
         "# Benchmarks\n\nMade by `python benchmarks/report.py` from `benchmarks/results/`. Medians, with minimum and "
         "maximum in brackets. Ratios are to the first baseline, round by round, because machines drift.\n"
     )
     tables = [TABLES[name.partition(",")[0]](record) for name, record in newest.items()]
+    tables += [transfer(records) for records in transfers.values()]
     (HERE / "REPORT.md").write_text("\n".join([head, *tables]), encoding="utf-8")
 
 

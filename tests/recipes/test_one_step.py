@@ -14,7 +14,7 @@ from lmssl.train.run import train
 from runs import metrics
 
 RECIPES = sorted(p.relative_to(shipped_root()) for p in (shipped_root() / "recipes").rglob("*.yaml"))
-TRAINABLE = [p for p in RECIPES if "launch" not in p.parts]
+TRAINABLE = [p for p in RECIPES if not {"launch", "continue"} & {*p.parts}]  # the latter need a model to go on with
 ROTARY = [
     "model.hidden_size=64",
     "model.intermediate_size=128",

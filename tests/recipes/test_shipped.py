@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.commands.config.config_args import load_config_from_file
 
 from lmssl.recipe.load import load_recipe, recipe_hash, resolved_yaml
 from lmssl.recipe.objective import MaskedObjective
-from lmssl.recipe.sections import Recipe, WsdSchedule
-from lmssl.show import built_number, derived_numbers
+from lmssl.recipe.schedule import WsdSchedule
+from lmssl.recipe.sections import Recipe
+from lmssl.show import built_model, derived_numbers
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = sorted((ROOT / "recipes/pretrain").glob("*.yaml"))
@@ -51,7 +51,7 @@ def test_every_objective_has_a_recipe_of_its_family() -> None:
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_recipes_build_and_the_formula_counts_them(path: Path) -> None:
     recipe = load_recipe(path).recipe
-    assert built_number(recipe).value == numbers(recipe)["parameters"]
+    assert built_model(recipe).number.value == numbers(recipe)["parameters"]
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -210,12 +210,3 @@ def test_show_and_train_commands_of_the_readme_are_valid() -> None:
     assert changes is not None
     longer = load_recipe(ROOT / "recipes/pretrain/gpt-125m.yaml", changes[1].split()).recipe
     assert math.isclose(longer.train.tokens, 1e10)
-
-
-@pytest.mark.parametrize("name", ["single", "ddp"])
-def test_launch_files_are_accelerates_and_leave_precision_to_recipes(name: str) -> None:
-    config: Any = load_config_from_file(str(ROOT / f"recipes/launch/{name}.yaml"))
-    assert config.mixed_precision == "no"
-    assert config.num_machines == 1
-    expected = {"single": ("NO", 1), "ddp": ("MULTI_GPU", -1)}[name]
-    assert (config.distributed_type.value, config.num_processes) == expected

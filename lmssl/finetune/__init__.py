@@ -1,0 +1,1 @@
+"""Fine-tuning with transformers' own Trainer: what a pretrained model is worth on labelled data."""
