@@ -14,6 +14,7 @@ import typer
 
 from lmssl import __version__
 from lmssl.errors import LmsslError, Preempted, RecipeError
+from lmssl.verbs import export, push, train, verify
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -36,6 +37,10 @@ RecipeArgument = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as optim.lr=3e-4.")
+]
+
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL_OR_RUN", help="A transformers folder, or a run folder such as runs/gpt-10m.")
 ]
 
 
@@ -90,6 +95,25 @@ def tokenizer(
 
 
 @app.command()
+def extend_tokenizer(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A tokenizer folder, such as tokenizer/bpe-16k.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    token: Annotated[
+        list[str] | None, typer.Option(help="A token that text gives wherever it stands in it; may be repeated.")
+    ] = None,
+    special: Annotated[
+        list[str] | None, typer.Option(help="A control token, which text never gives; may be repeated.")
+    ] = None,
+) -> None:
+    """Write a copy of a tokenizer that knows further tokens, for continuing a model: see docs/training.md."""
+    from lmssl.shipped import find
+    from lmssl.tokenizer.extension import extend_tokenizer as extend
+
+    extended = extend(find(folder), out, tokens=token or (), special=special or ())
+    typer.echo(f"{out}: {extended.num_tokens:,} tokens")
+
+
+@app.command()
 def prepare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -129,17 +153,7 @@ def prepare(
         )
 
 
-@app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Pretrain; the same command continues an interrupted run."""
-    from lmssl.recipe.load import load_recipe
-    from lmssl.shipped import find
-
-    loaded = load_recipe(find(recipe), overrides or ())  # a wrong recipe is refused before torch is imported
-
-    from lmssl.train.run import train as run
-
-    run(loaded)
+app.command()(train)
 
 
 @app.command()
@@ -157,10 +171,11 @@ def show(
     from lmssl.shipped import find
 
     loaded = load_recipe(find(recipe), overrides or ())
-    numbers = shown.derived_numbers(loaded.recipe)
+    numbers, counts = shown.derived_numbers(loaded.recipe), None
     if model:
-        numbers.append(shown.built_number(loaded.recipe))
-    typer.echo(shown.as_json(loaded, numbers) if as_json else shown.as_text(loaded, numbers))
+        number, counts = shown.built_model(loaded.recipe)
+        numbers.append(number)
+    typer.echo((shown.as_json if as_json else shown.as_text)(loaded, numbers, counts))
 
 
 @app.command()
@@ -215,18 +230,75 @@ def schema(
 
 
 @app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/gpt-10m.")],
-    step: Annotated[int | None, typer.Option(help=r"Which checkpoint. \[default: the newest]")] = None,
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An export, or a model on the Hub.")],
+    task: Annotated[Path, typer.Argument(metavar="TASK", help="A task file (.yaml), or a file of labelled rows.")],
+    overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help=r"Folder to write. \[default: RUN/export, or RUN/export-ema]")
+        Path | None, typer.Option(help=r"Folder of the results. \[default: runs/finetune/TASK-MODEL]")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Export the moving average that train.ema_decay kept.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Take only the architecture, to see what pretraining is worth.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint as a folder that stock Auto classes load, proven equal in a fresh process."""
-    from lmssl.export import export_run
+    """Fine-tune a model on labelled data with transformers' Trainer: several seeds, median, majority baseline."""
+    from rich.console import Console
 
-    export_run(run, step, out or run / ("export-ema" if ema else "export"), ema=ema)
+    from lmssl.finetune import protocol
+
+    loaded = protocol.task_of(task, overrides or ())
+    folder = out or protocol.default_out(model, loaded, random_weights=random_weights)
+    results = protocol.finetune(
+        model, loaded, folder, random_weights=random_weights, show_progress=sys.stderr.isatty(), report=typer.echo
+    )
+    protocol.print_table(results, Console())
+    typer.echo(f"results: {folder / protocol.RESULTS}; the best model: {folder / protocol.MODEL}")
+
+
+app.command()(export)
+app.command()(push)
+app.command()(verify)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelArgument,
+    suite: Annotated[
+        Path | None, typer.Option(help=r"What to ask: see docs/evaluate.md. \[default: a run's own held-out text]")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help=r"Which checkpoint of a run. \[default: the newest]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Add the results to this file, too, as JSON lines.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward, padding included.")] = 8192,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Matrix products in bfloat16: faster, less exact.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one result a line.")] = False,
+) -> None:
+    """Evaluate a model or run: loss, minimal pairs, multiple choice, lm-eval tasks, samples; results join the run."""
+    from lmssl.evaluate.command import Order, evaluate_now
+    from lmssl.train.launch import launched
+
+    order = Order(model, suite, step, out, batch_tokens, bf16)
+    with launched() as accelerator:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        evaluate_now(order, accelerator, time=now, as_json=as_json)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What is continued, or filled where a mask stands.")],
+    step: Annotated[int | None, typer.Option(help=r"Which checkpoint of a run. \[default: the newest]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest tokens of this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=1, help="Candidates for each mask.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+) -> None:
+    """Let a model continue a prompt, fill its masks, or fill T5's sentinels."""
+    from lmssl.evaluate.generate import Sampling, look
+    from lmssl.evaluate.subject import open_subject
+
+    subject = open_subject(model, step=step)
+    typer.echo(look(subject, prompt, Sampling(max_new_tokens, temperature, top_p, seed), top_k=top_k))
 
 
 def main(arguments: list[str] | None = None) -> int:

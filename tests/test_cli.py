@@ -15,7 +15,7 @@ from lmssl import cli
 from lmssl.errors import Preempted, RecipeError
 
 DEBUG = "recipes/debug/gpt-llama.yaml"
-VERBS = ("demo", "tokenizer", "train", "show", "data", "schema", "export")
+VERBS = ("demo", "tokenizer", "train", "show", "data", "schema", "export", "push")
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_export_and_demo_hand_their_arguments_on(
     import lmssl.export
 
     seen: list[Any] = []
-    monkeypatch.setattr(lmssl.export, "export_run", lambda *given, ema: seen.append((*given, ema)))
+    monkeypatch.setattr(lmssl.export, "export_run", lambda *given, weights, **_: seen.append((*given, weights)))
     monkeypatch.setattr(lmssl.demo, "run_demo", lambda *given: seen.append(given))
     assert run(capsys, "export", "runs/x")[0] == 0
     assert run(capsys, "export", "runs/x", "--step", "3", "--out", "y")[0] == 0
@@ -218,9 +218,9 @@ def test_export_and_demo_hand_their_arguments_on(
     assert run(capsys, "demo")[0] == 0
     assert run(capsys, "demo", "--out", "z")[0] == 0
     assert seen == [
-        (Path("runs/x"), None, Path("runs/x/export"), False),
-        (Path("runs/x"), 3, Path("y"), False),
-        (Path("runs/x"), None, Path("runs/x/export-ema"), True),
+        (Path("runs/x"), None, Path("runs/x/export"), lmssl.export.ExportWeights()),
+        (Path("runs/x"), 3, Path("y"), lmssl.export.ExportWeights()),
+        (Path("runs/x"), None, Path("runs/x/export-ema"), lmssl.export.ExportWeights(ema=True)),
         (None,),
         (Path("z"),),
     ]

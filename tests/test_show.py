@@ -9,7 +9,7 @@ import pytest
 
 from lmssl.errors import LmsslError
 from lmssl.recipe.load import Loaded, load_recipe
-from lmssl.show import Number, as_json, as_text, built_number, derived_numbers
+from lmssl.show import Number, as_json, as_text, built_model, derived_numbers
 
 DEBUG = "recipes/debug/gpt-llama.yaml"
 
@@ -116,7 +116,7 @@ def test_the_text_shows_values_with_their_origins(root: Path) -> None:
 
 def test_the_text_is_aligned(root: Path) -> None:
     this = loaded(root)
-    body = as_text(this, derived_numbers(this.recipe)).split("\n")[2:]
+    body = as_text(this, derived_numbers(this.recipe)).rpartition("\n\n")[0].split("\n")[2:]  # without the table
     starts = {line.index(line.split()[1]) for line in body if line.startswith("  ") and len(line.split()) > 2}
     assert len(starts) == 1
 
@@ -133,7 +133,7 @@ def test_json_holds_all_of_it(root: Path) -> None:
 
 
 def test_the_built_model_agrees_with_the_formula(root: Path) -> None:
-    number = built_number(loaded(root).recipe)
+    number = built_model(loaded(root).recipe).number
     assert number.value == 1_311_872
     assert number.how == "LlamaForCausalLM, built without weights, equal to the formula"
 
@@ -152,7 +152,7 @@ ENCODER = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, interm
 )
 def test_encoders_are_counted_with_and_without_building(root: Path, model: str, objective: str, name: str) -> None:
     this = loaded(root, "tokenizer.path=tokenizer/wordpiece-8k", f"objective={{kind: {objective}}}", f"model={model}")
-    number = built_number(this.recipe)
+    number = built_model(this.recipe).number
     assert number.how == f"{name}, built without weights, equal to the formula"
     assert numbers(this)["parameters"] == number.value
 
@@ -180,14 +180,14 @@ def test_positions_after_an_unknown_pad_token_are_not_counted(root: Path, tmp_pa
 
 def test_families_without_a_formula_are_built(root: Path) -> None:
     sizes = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 128"
-    number = built_number(loaded(root, f"model={{kind: olmo2, {sizes}}}").recipe)
+    number = built_model(loaded(root, f"model={{kind: olmo2, {sizes}}}").recipe).number
     assert isinstance(number.value, int) and number.value > 4096 * 64
     assert "formula" not in number.how
 
 
 def test_building_needs_the_tokenizer(root: Path, tmp_path: Path) -> None:
     with pytest.raises(LmsslError, match="no such tokenizer folder"):
-        built_number(loaded(root, f"tokenizer.path={tmp_path / 'none'}").recipe)
+        built_model(loaded(root, f"tokenizer.path={tmp_path / 'none'}").recipe)
 
 
 def test_numbers_as_people_read_them() -> None:
@@ -201,3 +201,31 @@ def test_shipped_tokenizers_are_read_from_anywhere(root: Path, tmp_path: Path, m
     shutil.copy(root / DEBUG, tmp_path / "mine.yaml")
     monkeypatch.chdir(tmp_path)
     assert numbers(load_recipe(Path("mine.yaml")))["vocab_size"] == 4096
+
+
+def test_parameters_are_shown_by_role(root: Path) -> None:
+    this = loaded(root, "optim={kind: muon, lr: 0.02, adamw_lr: 3e-3, embedding_lr: 0.01}")
+    table = as_text(this, derived_numbers(this.recipe)).split("\n\n")[-1].splitlines()
+    assert [line.split() for line in table] == [
+        ["parameters", "tensors", "count", "optimizer", "peak", "lr", "weight", "decay"],
+        ["matrix", "28", "786,432", "muon", "0.02", "0.1"],
+        ["embedding", "1", "524,288", "adamw", "0.01", "0.1"],
+        ["vector", "9", "1,152", "adamw", "0.003", "0"],
+    ]
+    assert json.loads(as_json(this, []))["parameters"]["head"] == {
+        "tensors": 0,
+        "parameters": 0,
+        "optimizer": "adamw",
+        "peak_lr": 0.003,
+        "weight_decay": 0.1,
+    }
+    assert numbers(this)["training_bytes"] == 16 * 1_311_872 - 4 * 786_432  # muon has one state
+
+
+def test_parameters_of_other_families_are_counted_on_the_built_model(root: Path) -> None:
+    sizes = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2"
+    this = loaded(root, f"model={{kind: olmo2, {sizes}}}")
+    assert "matrix     unknown" in as_text(this, [])
+    counts = built_model(this.recipe).counts
+    assert counts["matrix"].num_tensors == 14
+    assert json.loads(as_json(this, [], counts))["parameters"]["matrix"]["tensors"] == 14
