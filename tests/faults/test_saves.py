@@ -160,7 +160,6 @@ else:                  # somebody else fills it while the save is under way: the
     script = script.replace("saver = Saver(", "protocol.free_bytes = lambda _: 10**12; saver = Saver(", 1)
 done = save(2, '{"numbers": 60000}')
 from lmssl import checkpoint
-from runs import assert_equal_runs, small_recipe, write_recipe
 assert checkpoint.find_step(run, None).step == 1
 print(done.returncode, sorted(p.name for p in checkpoint.checkpoints_path(run).iterdir()))
 print(done.stderr)
