@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lmssl.errors import CheckpointError
+from lmssl.optim import exchange
 
 _CHUNK_BYTES = 2**24
 """What is checked, hashed and written at once: it should stay in the processor's cache."""
@@ -24,23 +24,13 @@ _CHUNK_BYTES = 2**24
 def owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     """The rank that owns each named tensor: a pure function, balanced by size.
 
-    The largest goes first, each to the rank that has least, so no rank has more than 4/3 of what is possible at best.
-
     Args:
         sizes: of tensors by name, in any unit.
-
-    Source: Graham 1969, longest processing time first; equal sizes keep their order.
 
     >>> owners({"embedding": 10, "a": 4, "b": 4, "c": 2}, 2)
     {'embedding': 0, 'a': 1, 'b': 1, 'c': 1}
     """
-    loads = [(0, rank) for rank in range(num_ranks)]
-    found = {}
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        load, rank = heapq.heappop(loads)
-        found[name] = rank
-        heapq.heappush(loads, (load + sizes[name], rank))
-    return {name: found[name] for name in sizes}
+    return dict(zip(sizes, exchange.owners(list(sizes.values()), num_ranks), strict=True))
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:

@@ -5,6 +5,7 @@ Bytes are sent, whatever the type, because gloo knows few types. All processes c
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -13,17 +14,20 @@ from torch import Tensor, distributed
 
 
 def owners(costs: Sequence[int], num_ranks: int) -> list[int]:
-    """Who works on each of some jobs so that all end at about the same time: the dearest first, to whom has least.
+    """Who has each of some jobs, or tensors, so that all have about as much: a pure function.
+
+    The dearest goes first, each to the rank that has least, so no rank has more than 4/3 of what is possible at best.
+
+    Source: Graham 1969, longest processing time first; equal costs keep their order.
 
     >>> owners([5, 1, 4, 3], 2)
     [0, 0, 1, 1]
     """
-    load = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]
     found = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        owner = min(range(num_ranks), key=lambda rank: (load[rank], rank))
-        load[owner] += costs[index]
-        found[index] = owner
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        load, found[index] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + costs[index], found[index]))
     return found
 
 

@@ -141,9 +141,11 @@ def small_disk(tmp_path: Path) -> Path:
     try:
         mounted = on_small_disk(folder, "1m", ["true"])
     except FileNotFoundError:
-        pytest.skip("there is no unshare here; RLIMIT_FSIZE above tests the same code")
+        pytest.skip(
+            "there is no unshare here; RLIMIT_FSIZE tests what follows a failed write, nothing a full disk before it"
+        )
     if mounted.returncode:
-        pytest.skip(f"no small disk may be mounted here ({mounted.stderr.strip()}); RLIMIT_FSIZE tests the same code")
+        pytest.skip(f"no small disk may be mounted here: {mounted.stderr.strip()}")
     return folder
 
 
