@@ -40,7 +40,9 @@ def train(
     """Pretrain; the same command continues an interrupted run."""
     from lmssl.recipe.load import load_recipe
     from lmssl.shipped import find
+    from lmssl.train.launcher import Launcher
 
+    launcher = Launcher()
     given = overrides or []
     if recipe is not None and from_checkpoint is not None and re.match(r"[a-z_]+[\w.]*=", recipe):
         given, recipe = [recipe, *given], None
@@ -63,7 +65,7 @@ def train(
 
     from lmssl.train.run import train as run
 
-    run(loaded)
+    run(loaded, launcher)
 
 
 def export(

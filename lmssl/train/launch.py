@@ -22,6 +22,7 @@ from torch import nn
 from lmssl.errors import TrainingError
 from lmssl.model.layers import layer_stacks
 from lmssl.recipe.sections import Recipe
+from lmssl.train.launcher import require_meeting
 
 COMPILE_PAYS_FLOPS_PER_THREAD = 1e13
 """Training FLOPs per CPU thread from which compiling (20 to 60 s) is repaid; see docs/performance.md."""
@@ -74,7 +75,7 @@ def open_accelerator(recipe: Recipe, run: Path) -> Accelerator:
 
     Raises:
         TrainingError: several processes without distribution, a backend this version does not drive, or a launch
-            file that contradicts the recipe.
+            file that contradicts the recipe, or ranks that cannot meet.
     """
     _check_launch_file(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -85,6 +86,7 @@ def open_accelerator(recipe: Recipe, run: Path) -> Accelerator:
         _require_deepspeed()
         if not torch.accelerator.is_available():
             joining.backend = "gloo"  # else DeepSpeed wants a library of its own
+    require_meeting(os.environ)
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=list(recipe.track.trackers) or None,
@@ -222,8 +224,3 @@ def num_launched() -> int:
 def launched_rank() -> int:
     """This process's number among them."""
     return int(os.environ.get("RANK", "0"))
-
-
-def launcher_process() -> int | None:
-    """The process that must live as long as this one: torchrun's, also under accelerate; None: nobody's."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

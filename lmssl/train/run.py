@@ -18,7 +18,8 @@ from lmssl.recipe.load import Loaded, flat
 from lmssl.recipe.sections import Recipe
 from lmssl.train.console import RunConsole
 from lmssl.train.guard import RollBack
-from lmssl.train.launch import launcher_process, num_launched
+from lmssl.train.launch import num_launched
+from lmssl.train.launcher import Launcher
 from lmssl.train.lines import closing_line, opening_lines
 from lmssl.train.lock import RunLock
 from lmssl.train.loop import Loop
@@ -32,9 +33,11 @@ from lmssl.train.trackers import Trackers
 from lmssl.train.watch import Watch, clear
 
 
-def train(loaded: Loaded) -> Path:
+def train(loaded: Loaded, launcher: Launcher | None = None) -> Path:
     """Train a recipe to its last step, continuing by itself in an existing run folder; returns the folder.
 
+    Args:
+        launcher: looked after since this process began; None: from here on.
     Raises:
         Preempted: a signal stopped the run after a checkpoint, or before there was anything to save.
         LmsslError: see `open_session` and `Loop.run`.
@@ -45,6 +48,7 @@ def train(loaded: Loaded) -> Path:
     early: list[str] = []
     say = early.append  # until there is a console; later windows and loaders report through the same function
     with ExitStack() as stack:
+        launcher = stack.enter_context(launcher or Launcher())
         stack.callback(lock.release)
         stack.enter_context(_preempted(run))
         if num_launched() == 1:  # several wait for each other while they open, and a handler would wait with them
@@ -61,7 +65,8 @@ def train(loaded: Loaded) -> Path:
         for text in [*early, *opening_lines(session)]:
             say(text)
         phases = Phases(accelerator.device)
-        stack.enter_context(_watched(session, phases, stop))
+        stack.enter_context(_watched(session, phases))
+        launcher.then(stop.request)
         config = _tracked_config(session.recipe)
         trackers = Trackers(accelerator, recipe.track.trackers, recipe.name, config, say)
         stack.enter_context(trackers)
@@ -164,7 +169,7 @@ def _preempted(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(session: Session, phases: Phases, stop: StopFlag) -> Iterator[None]:
+def _watched(session: Session, phases: Phases) -> Iterator[None]:
     """Watches over this rank and the others, and tells them when this one fails."""
     accelerator = session.accelerator
     rank, num_ranks, folder = accelerator.process_index, accelerator.num_processes, session.run / "heartbeats"
@@ -174,8 +179,6 @@ def _watched(session: Session, phases: Phases, stop: StopFlag) -> Iterator[None]
         rank=rank,
         num_ranks=num_ranks,
         hang_seconds=session.recipe.train.hang_seconds,
-        launcher=launcher_process(),
-        request_stop=stop.request,
     )
     if accelerator.is_main_process:
         clear(folder, num_ranks)

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,11 @@ class Watch:
         rank: int = 0,
         num_ranks: int = 1,
         hang_seconds: float | None = None,
-        launcher: int | None = None,
-        request_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args: `launcher`: the process that started this one; when it is gone, a stop is requested."""
         self.folder = folder
         self._phases = phases
         self._rank, self._num_ranks = rank, num_ranks
         self._hang_seconds = hang_seconds
-        self._launcher = launcher
-        self._request_stop = request_stop
         self._host = socket.gethostname()
         self._neighbours: dict[int, int] = {}
         self._closed = threading.Event()
@@ -118,30 +113,32 @@ class Watch:
     def _run(self) -> None:
         while not self._closed.wait(BEAT_SECONDS):
             self._beat(str(self._phases))
-            if self._launcher is not None and os.getppid() != self._launcher:
-                self._request_stop()
             elsewhere = self._trouble_elsewhere()
             failure = self._failure or elsewhere or self._hang()
             if failure is not None:
+                self._show_where(failure)
                 # The main thread leaves by itself where it can.
                 if self._closed.wait(GRACE_SECONDS):
                     return
                 self._end(failure)
 
     def _hang(self) -> str | None:
-        """What hangs, found by whoever waited too long; the rank that is least far prints where it stands."""
+        """What hangs, found by whoever waited too long: the ranks that are least far."""
         seconds = self._phases.seconds
         if self._hang_seconds is None or seconds < self._hang_seconds:
             return None
         beats = list(self._beats())
         least = min((beat.count for beat in beats), default=0)
         behind = [beat for beat in beats if beat.count <= least] or [self._own_beat(str(self._phases))]
-        if any(beat.rank == self._rank for beat in behind):
-            faulthandler.dump_traceback(all_threads=True)
         ranks = "; ".join(f"rank {beat.rank} hangs in {beat.phase}" for beat in behind[:8])
         found = f"{ranks}; nothing has moved for {seconds:.0f} s"
         self._publish(found)
         return self._published() or found
+
+    def _show_where(self, failure: str) -> None:
+        """Print the stacks of this rank where it is the one that hangs, whoever found that first."""
+        if f"rank {self._rank} hangs in" in failure:
+            faulthandler.dump_traceback(all_threads=True)
 
     def _trouble_elsewhere(self) -> str | None:
         published = self._published()

@@ -199,3 +199,17 @@ def test_ranks_whose_launcher_is_gone_save_and_end(tmp_path: Path, text_folder: 
         assert run.end() != 0
         assert "stopped by a signal after step" in run.output
     assert checkpoint.find_step(tmp_path / "run", None).step >= 2
+
+
+def test_ranks_whose_launcher_dies_while_they_start_end(tmp_path: Path, text_folder: Path) -> None:
+    """They are in sessions of their own, so what kills the launcher does not reach them."""
+    fault = "import lmssl.train.opening as o\nopened = o.load_tokenizer\ndef late(path):\n    at('start')\n"
+    fault += "    time.sleep(1000)\no.load_tokenizer = late\n"
+    with faulty_run(tmp_path, recipe_of(tmp_path, text_folder), fault, launcher="torchrun") as run:
+        run.reached("start", rank=0)
+        run.reached("start", rank=1)
+        run.process.kill()
+        run.go("start")
+        assert run.end() != 0
+        assert run.output.count("the launcher is gone") == 2, run.output
+    assert not (tmp_path / "run").exists()
