@@ -63,6 +63,10 @@ def train(
     else:
         loaded = load_recipe(find(Path(recipe)), given)  # a wrong recipe is refused before torch is imported
 
+    if loaded.recipe.data.workers:
+        from lmssl.data import fork_server
+
+        fork_server.start()
     from lmssl.train.run import train as run
 
     run(loaded, launcher)

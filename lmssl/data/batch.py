@@ -13,8 +13,10 @@ from __future__ import annotations
 import queue
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lmssl.data import fork_server
 from lmssl.data.cache import Cancelled
 from lmssl.data.layout import Layout
 from lmssl.data.order import kept_position
@@ -117,7 +120,8 @@ def training_batches(
     source: _WorkerSource[T] | _ThreadSource[T] | None = None
     try:
         if workers:
-            source = _WorkerSource(gatherer, requests(), workers)
+            first_step = num_micro_batches(plan.num_sequences(start_step), micro_sequences(start_step), world_size)
+            source = _WorkerSource(gatherer, requests(), workers, num_here=first_step if num_steps else 0)
         else:
             source = _ThreadSource(gatherer[request] for request in requests())
         for step in steps:
@@ -252,15 +256,24 @@ class _BuildAhead:
 
 
 class _WorkerSource(Generic[T]):
-    """Micro-batches from loader processes, in order."""
+    """Micro-batches from loader processes, in order; the first few made here, while those processes start."""
 
-    def __init__(self, gatherer: _Gatherer[T], requests: Iterator[_Request], workers: int) -> None:
+    def __init__(
+        self, gatherer: _Gatherer[T], requests: Iterator[_Request], workers: int, *, num_here: int = 0
+    ) -> None:
+        self._gatherer = gatherer
+        self._here: deque[_Request] = deque()
+
+        def others() -> Iterator[_Request]:  # drawn from only once the processes are on their way
+            self._here.extend(islice(requests, num_here))
+            yield from requests
+
         loader = DataLoader(
             _Carrying(gatherer),
-            sampler=requests,  # any iterable serves; it is drawn from in this process
+            sampler=others(),  # any iterable serves; it is drawn from in this process
             batch_size=None,
             num_workers=workers,
-            multiprocessing_context="spawn",  # a forked child would inherit locks of the threads here
+            multiprocessing_context=fork_server.start(),
             prefetch_factor=_PREFETCHED,
             worker_init_fn=_leave_signals_to_main,
             generator=torch.Generator(),  # else it draws a seed, which nothing uses, from the global one
@@ -269,6 +282,8 @@ class _WorkerSource(Generic[T]):
 
     def get(self) -> T:
         """The next one."""
+        if self._here:
+            return self._gatherer[self._here.popleft()]
         try:
             item: T | _Failure = next(self._batches)
         except RuntimeError as error:

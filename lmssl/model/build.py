@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lmssl.errors import ModelError
@@ -229,13 +230,21 @@ def _check_fields(kind: str, given: dict[str, Any], known: dict[str, Any]) -> No
         )
 
 
-def build_recipe_model(recipe: Recipe, config: PreTrainedConfig, *, device: str = "cpu") -> PreTrainedModel:
+def build_recipe_model(
+    recipe: Recipe, config: PreTrainedConfig, *, device: str = "cpu", draw: bool = True
+) -> PreTrainedModel:
     """The model that a recipe trains, as `build_model` makes it from the recipe's config."""
     section = recipe.objective
     ratio = section.generator_ratio if isinstance(section, ReplacedObjective) else 1.0
     sentences = isinstance(section, MaskedObjective) and section.sentence_task is not None
     return build_model(
-        config, objective=section.kind, seed=recipe.seed, device=device, generator_ratio=ratio, sentences=sentences
+        config,
+        objective=section.kind,
+        seed=recipe.seed,
+        device=device,
+        generator_ratio=ratio,
+        sentences=sentences,
+        draw=draw,
     )
 
 
@@ -247,6 +256,7 @@ def build_model(
     device: str = "cpu",
     generator_ratio: float = 0.25,
     sentences: bool = False,
+    draw: bool = True,
 ) -> PreTrainedModel:
     """A stock model with weights that depend on config and seed only, in float32.
 
@@ -256,17 +266,21 @@ def build_model(
         sentences: for `masked`, the class that also judges pairs of sentences.
         seed: of the initial weights; the caller's random state is left alone.
         device: where weights are made; `meta` makes none. Weights are always drawn on CPU for equal results everywhere.
+        draw: whether there must be initial weights; without, they may be what memory holds, until others are loaded.
     Raises:
         ModelError: a family that is not shipped computes its loss otherwise than body and head.
     """
+    draw = draw or config.model_type not in FAMILIES  # whose buffers might be made with the weights
     auto = {"masked": AutoModelForMaskedLM, "span": AutoModelForSeq2SeqLM}.get(objective, AutoModelForCausalLM)
     model: PreTrainedModel
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), nullcontext() if draw else no_init_weights():
         torch.manual_seed(seed)
         if objective == "replaced":
             model = ElectraPair(cast(ElectraConfig, config), generator_ratio)
         else:
             model = (AutoModelForPreTraining if sentences else auto).from_config(config, dtype=torch.float32)
+    if not draw:
+        model.tie_weights()
     for part in model.modules():  # transformers 5.17 forgets the stacks of T5
         if isinstance(part, PreTrainedModel):
             part.set_attn_implementation("document")
@@ -322,10 +336,5 @@ def _check_equal(model: PreTrainedModel, ours: float, stock: float) -> None:
         )
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """What transformers' mask builder returns for our implementation: nothing."""
-    return None
-
-
+# Without a mask function beside it: transformers then makes none, and does not ask the device for packed sequences.
 AttentionInterface.register("document", document_attention)
-AttentionMaskInterface.register("document", _no_mask)

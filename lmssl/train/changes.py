@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -32,6 +32,9 @@ What a changed `data.skip` or `data.stages` says of positions that are already r
 
 LENGTH_FIELDS = ("train.tokens", "train.max_hours", "schedule")
 """Fields that may differ where no completed step would have had another learning rate."""
+
+_LOOKS = 4096
+"""At learning rates of a long run, where two schedules are compared."""
 
 _CONSEQUENCES = (
     ("data", "it decides which tokens a position holds; what lies ahead can change by data.stages"),
@@ -161,10 +164,22 @@ def same_history(old: Recipe, new: Recipe, steps: int) -> bool:
 
 
 def _first_other_step(old: Recipe, new: Recipe, steps: int) -> int | None:
-    plan = old.batches
-    for step in range(steps):
-        if _ratio(old, plan.tokens_before(step)) != _ratio(new, plan.tokens_before(step)):
-            return step
+    tokens_before = old.batches.tokens_before
+    return _first(range(steps), lambda step: _ratio(old, tokens_before(step)) != _ratio(new, tokens_before(step)))
+
+
+def _first(steps: range, holds: Callable[[int], bool]) -> int | None:
+    """The first step at which something holds that began at the first step or goes on to the last, if any.
+
+    So do differences of schedules: in their warmups from the start, in what follows to the end. A million steps are
+    not all looked at.
+    """
+    stride = max(1, len(steps) // _LOOKS)
+    before = steps.start
+    for looked in sorted({*steps[:stride], *steps[::stride], *steps[-1:]}):
+        if holds(looked):
+            return next(step for step in range(before, looked + 1) if holds(step))
+        before = looked + 1
     return None
 
 
@@ -191,7 +206,7 @@ def _about_lengths(old: Recipe, new: Recipe, step: int) -> Iterator[str]:
     rates = [_ratio(recipe, plan.tokens_before(step)) for recipe in (old, new)]
     end = min(old.steps, new.steps)
     ends = [_ratio(recipe, plan.tokens_before(end - 1)) for recipe in (old, new)]
-    change = next((s for s in range(step, new.steps) if _ratio(new, plan.tokens_before(s)) != rates[1]), None)
+    change = _first(range(step, new.steps), lambda s: _ratio(new, plan.tokens_before(s)) != rates[1])
     held = "to the end" if change is None else f"up to step {change}" if change > step else "in no further step"
     yield (
         f"the learning rate of the {step} completed steps is that of both recipes; it stays at {rates[1]:.4g} of its "

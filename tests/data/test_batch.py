@@ -37,6 +37,9 @@ def process_and_modules(batch: SequenceBatch) -> tuple[int, set[str]]:
 
 
 def fails(batch: SequenceBatch) -> SequenceBatch:
+    """In the second step, whose batches loader processes make."""
+    if batch.positions_B[0] < BATCH:
+        return batch
     raise DataError("too blue", where=f"position {batch.positions_B[0]}", remedy="paint it")
 
 
@@ -45,7 +48,8 @@ def breaks(batch: SequenceBatch) -> SequenceBatch:
 
 
 def dies(batch: SequenceBatch) -> SequenceBatch:
-    os.kill(os.getpid(), signal.SIGKILL)
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
     return batch
 
 
@@ -174,8 +178,9 @@ def test_loader_processes_and_resuming_change_nothing(stream: SequenceStream) ->
 
 
 def test_prepare_runs_in_a_loader_process_that_never_imports_transformers(stream: SequenceStream) -> None:
-    first, *_ = (step[0] for step in batches(stream, process_and_modules, num_steps=1, workers=1))
-    process, modules = first
+    first, second = (step[0] for step in batches(stream, process_and_modules, num_steps=2, workers=1))
+    assert first[0] == os.getpid()  # while the other process starts
+    process, modules = second
     assert process != os.getpid()
     assert "torch" in modules and not modules & {"transformers", "accelerate", "datasets"}
 
@@ -202,8 +207,8 @@ def test_a_stream_that_someone_else_cancels_ends_the_reading(stream: SequenceStr
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_arrive_whole(stream: SequenceStream, workers: int) -> None:
     with pytest.raises(DataError) as caught:
-        next(batches(stream, fails, workers=workers))
-    assert str(caught.value) == "too blue\n  where:  position 0\n  remedy: paint it"
+        list(batches(stream, fails, workers=workers))
+    assert str(caught.value) == f"too blue\n  where:  position {BATCH}\n  remedy: paint it"
     assert no_threads_left() and not multiprocessing.active_children()
 
 
@@ -215,7 +220,7 @@ def test_an_error_of_prepare_is_raised_as_it_is(stream: SequenceStream) -> None:
 
 def test_a_loader_process_that_dies(stream: SequenceStream) -> None:
     with pytest.raises(DataError, match="a loader process died"):
-        next(batches(stream, dies, workers=1))
+        list(batches(stream, dies, workers=1))
     assert no_threads_left() and not multiprocessing.active_children()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kinds import MASKED, SPAN, Tokens, tiny
+from kinds import MASKED, SPAN, VOCAB, Tokens, tiny
 from lmssl.errors import ModelError
 from lmssl.model.build import build_config, build_model, check_masked_head
 from lmssl.recipe.model import FAMILIES, Gpt2Model, LlamaModel, OtherModel, Qwen3Model
@@ -19,6 +19,9 @@ LLAMA: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+
+
+TOKENS: dict[str, Any] = {"tokenizer": Tokens(), "vocab_size": VOCAB}
 
 
 class FakeTokenizer:
@@ -95,6 +98,38 @@ def test_weights_depend_on_the_seed_alone() -> None:
         assert torch.equal(a, b)
         assert a.dtype == torch.float32
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "electra, replaced", "bert, sentences"])
+def test_only_weights_are_missing_where_none_are_drawn(kind: str) -> None:
+    """A resume loads them; buffers and what is tied are there, and the caller's random state is left alone."""
+    name, _, special = kind.partition(", ")
+    sizes = {**MASKED, **SPAN}.get(name, {k: v for k, v in LLAMA.items() if k != "kind"})
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4} if name == "gpt2" else sizes
+    objective = (
+        special if special == "replaced" else "span" if name in SPAN else "masked" if name in MASKED else "causal"
+    )
+    built = config(
+        FAMILIES[name].model_validate({"kind": name, **sizes}), objective=objective, sequence_length=40, **TOKENS
+    )
+    settings: dict[str, Any] = {"objective": objective, "seed": 1, "sentences": special == "sentences"}
+    drawn = build_model(built, **settings)
+    state = torch.get_rng_state()
+    empty = build_model(built, **settings, draw=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights, others = dict(drawn.named_parameters()), dict(empty.named_parameters())
+    assert weights.keys() == others.keys()
+    assert {name: p.shape for name, p in weights.items()} == {name: p.shape for name, p in others.items()}
+    assert all(p.dtype == torch.float32 for p in others.values())
+    for (name, buffer), (other_name, other) in zip(drawn.named_buffers(), empty.named_buffers(), strict=True):
+        assert name == other_name and torch.equal(buffer, other), name
+    with torch.no_grad():
+        for name, weight in others.items():
+            weight.copy_(weights[name])
+    shared = {name: tensor.data_ptr() for name, tensor in empty.state_dict().items()}
+    for name, tensor in drawn.state_dict().items():
+        assert torch.equal(tensor, empty.state_dict()[name]), name
+    assert len(set(shared.values())) == len({t.data_ptr() for t in drawn.state_dict().values()})
 
 
 def test_meta_models_take_no_memory() -> None:

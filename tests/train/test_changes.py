@@ -11,6 +11,7 @@ import pytest
 from lmssl import checkpoint
 from lmssl.errors import CheckpointError
 from lmssl.recipe.load import load_recipe
+from lmssl.train.changes import _first
 from lmssl.train.run import train
 from runs import metrics, small_recipe, tensors_of, write_recipe
 
@@ -139,3 +140,22 @@ def test_harmless_fields_pass(tmp_path: Path, text_folder: Path) -> None:
     run(tmp_path, text_folder, "run", steps=2, **{"schedule": CONSTANT, **change})
     assert (path / "metrics.jsonl").read_bytes() == before
     assert load_recipe(path / "recipe.yaml").recipe.name == "other"
+
+
+@pytest.mark.parametrize("first", [None, 0, 1, 243, 250, 700_001, 999_999])
+def test_the_first_step_that_differs_is_found_without_looking_at_all(first: int | None) -> None:
+    looked = []
+
+    def differs(step: int) -> bool:
+        looked.append(step)
+        return first is not None and step >= first
+
+    assert _first(range(1_000_000), differs) == first
+    assert len(looked) < 10_000
+    assert _first(range(0), differs) is None
+
+
+def test_a_difference_that_ends_early_is_found() -> None:
+    """As of two warmups."""
+    assert _first(range(1_000_000), lambda step: 3 <= step < 20) == 3
+    assert _first(range(5, 1_000_000), lambda step: 7 <= step < 9) == 7
