@@ -8,13 +8,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from types import TracebackType
 
 from lmssl.errors import TrainingError
 
 LOOK_SECONDS = 1.0
-MEET_SECONDS = 60.0
+MEET_SECONDS = 10.0
 """For the place where ranks meet: the launcher opened it before it started them."""
+_DECISION = timedelta(hours=1)
+"""For rank 0, which reads a checkpoint in full before it decides for it."""
 
 
 class Launcher:
@@ -51,6 +54,37 @@ class Launcher:
             print("error: the launcher is gone; this rank ends before its first step", file=sys.stderr, flush=True)
             os._exit(TrainingError.exit_code)
         self._request_stop()
+
+
+def same_on_all_ranks(what: str, decide: Callable[[], str], environment: Mapping[str, str]) -> str:
+    """What rank 0 decides, once, on every rank, before ranks form a group.
+
+    Ranks that look at another run while it goes on, each at a time of its own, find different checkpoints. Rank 0 tells
+    the others through the launcher's store. Where there is none, each decides for itself.
+
+    Args:
+        what: names the decision.
+    Raises:
+        TrainingError: rank 0 does not answer.
+    """
+    if environment.get("WORLD_SIZE", "1") == "1" or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return decide()
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in torch's stubs
+
+    require_meeting(environment)
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
+    store = PrefixStore(f"lmssl/{attempt}", TCPStore(host, port, is_master=False, timeout=_DECISION))
+    if environment["RANK"] == "0" and not store.check([what]):
+        store.set(what, decide())
+    try:
+        return bytes(store.get(what)).decode()
+    except RuntimeError as error:
+        raise TrainingError(
+            f"rank 0 does not say which {what} it takes: {str(error).splitlines()[0]}",
+            where=f"{host}:{port}, from MASTER_ADDR and MASTER_PORT",
+            remedy="see what rank 0 says",
+        ) from error
 
 
 def require_meeting(environment: Mapping[str, str], *, patience_seconds: float = MEET_SECONDS) -> None:
