@@ -13,11 +13,12 @@ import argparse
 import json
 import tempfile
 import time
+from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,16 +34,29 @@ from transformers import (
 
 
 class StepTimes(TrainerCallback):
-    """Seconds between the ends of optimiser steps."""
+    """Seconds between the ends of optimiser steps; on CUDA by events, so that the host need not wait for them."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Any] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.on_step_end()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
+        if not torch.cuda.is_available():
+            self.ends.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.ends.append(event)
+
+    def seconds(self) -> list[float]:
+        """Of each step."""
+        pairs = zip(self.ends, self.ends[1:], strict=False)
+        if not torch.cuda.is_available():
+            return [b - a for a, b in pairs]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in pairs]
 
 
 def parse() -> argparse.Namespace:
@@ -59,12 +73,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", help="folder for the trained model")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--attention", default="sdpa", help="transformers' name; flash_attention_2 where it is")
+    parser.add_argument("--tf32", action="store_true", help="products of float32 in 10 bits of mantissa, on a GPU")
+    parser.add_argument("--liger", action="store_true", help="Liger's kernels; the package must be there")
+    parser.add_argument("--loaders", type=int, default=0, help="processes that load")
     return parser.parse_args()
 
 
 def grouped_texts(args: argparse.Namespace, tokenizer: Any) -> Any:
     """Documents tokenized, joined end to end and cut into rows, special tokens wherever they fall."""
     masked, length = args.objective == "masked", args.sequence_length
+    if find_spec("datasets") is None:
+        return rows_without_datasets(args, tokenizer)
+    from datasets import load_dataset
+
     raw = load_dataset("json", data_files=args.text, split="train", cache_dir=tempfile.mkdtemp())
     tokenized = raw.map(
         lambda rows: tokenizer(rows["text"], return_special_tokens_mask=masked),
@@ -81,6 +103,25 @@ def grouped_texts(args: argparse.Namespace, tokenizer: Any) -> Any:
     return tokenized.map(group_texts, batched=True)
 
 
+def rows_without_datasets(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """As many of the same rows as the steps read, for machines that lack the package; Trainer takes a list, too."""
+    masked, length, found = args.objective == "masked", args.sequence_length, []
+    ids: list[int] = []
+    special: list[int] = []
+    for line in Path(args.text).read_text(encoding="utf-8").splitlines():
+        document = tokenizer(json.loads(line)["text"], return_special_tokens_mask=True)
+        ids += document["input_ids"]
+        special += document["special_tokens_mask"]
+        while len(ids) >= length:
+            row, mask = ids[:length], special[:length]
+            ids, special = ids[length:], special[length:]
+            more = {"special_tokens_mask": mask} if masked else {"labels": row.copy()}
+            found.append({"input_ids": row, "attention_mask": [1] * length, **more})
+        if len(found) >= args.rows * args.steps:
+            break
+    return found
+
+
 def main() -> None:
     """Train for a few steps and print the times."""
     args = parse()
@@ -90,7 +131,8 @@ def main() -> None:
     rows, masked = grouped_texts(args, tokenizer), args.objective == "masked"
     prepared = time.perf_counter()
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    model = auto.from_config(AutoConfig.from_pretrained(args.model), dtype=torch.float32)
+    config = AutoConfig.from_pretrained(args.model)
+    model = auto.from_config(config, dtype=torch.float32, attn_implementation=args.attention)
     times = StepTimes()
     training = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
@@ -99,6 +141,9 @@ def main() -> None:
         learning_rate=args.lr,
         bf16=args.bf16,
         torch_compile=args.compile,
+        tf32=True if args.tf32 else None,
+        use_liger_kernel=args.liger,
+        dataloader_num_workers=args.loaders,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
@@ -116,8 +161,9 @@ def main() -> None:
     result = trainer.train()
     if args.out:
         trainer.save_model(args.out)
-    seconds = [b - a for a, b in zip(times.ends, times.ends[1:], strict=False)]
-    row = {"step_seconds": seconds, "loss": result.training_loss, "prepare_seconds": prepared - started}
+    row = {"step_seconds": times.seconds(), "loss": result.training_loss, "prepare_seconds": prepared - started}
+    if torch.cuda.is_available():
+        row["memory_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps({**row, "threads": torch.get_num_threads(), "sequences": len(rows)}))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmssl.model.products import products_attention
+from lmssl.model.varlen import can_attend, varlen_attention
 
 LOOP_FROM_TOKENS = 1536
 """From this length on documents are looped over on CPU; between 512 and 2,048, the crossing itself is not measured."""
@@ -26,7 +27,12 @@ WINDOW_QUERIES = 256
 
 
 def document_kwargs(
-    segments_BT: Tensor, *, causal: bool, documents: bool, key_segments_BS: Tensor | None = None
+    segments_BT: Tensor,
+    *,
+    causal: bool,
+    documents: bool,
+    key_segments_BS: Tensor | None = None,
+    starts_K: Tensor | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for a model's forward that say what each token may attend to.
 
@@ -36,6 +42,7 @@ def document_kwargs(
         documents: tokens see their own document only; otherwise the whole sequence, without its padding where later
             tokens are seen.
         key_segments_BS: for a decoder with cross attention, the segments of the encoder's S tokens, numbered alike.
+        starts_K: `varlen.document_starts` of the segments, on their device; None: its kernels are not to be used.
     """
     if not documents and (key_segments_BS is not None or not causal):
         segments_BT = (segments_BT != 0).to(segments_BT.dtype)
@@ -46,6 +53,9 @@ def document_kwargs(
     if not documents and causal:
         return {"document_mask": None, "document_segments": None, "document_causal": True, **cross}
     length = segments_BT.shape[1]
+    if documents and starts_K is not None and torch.is_autocast_enabled(segments_BT.device.type):
+        found = {"document_mask": None, "document_segments": segments_BT, "document_causal": causal}
+        return {**found, "document_starts": starts_K, **cross}
     if segments_BT.device.type == "cpu" and length >= LOOP_FROM_TOKENS:
         return {"document_mask": None, "document_segments": segments_BT, "document_causal": causal, **cross}
     mask = _document_mask(segments_BT, causal)
@@ -86,6 +96,7 @@ def document_attention(
     document_segments: Tensor | None = None,
     document_causal: bool | None = None,
     document_cross_mask: Tensor | None = None,
+    document_starts: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention within documents; the signature is transformers' own.
@@ -96,17 +107,19 @@ def document_attention(
         document_mask: with the others named so, as `document_kwargs` makes them.
     Source: torch's scaled_dot_product_attention; differs in taking the block structure from segments.
     """
-    heads, groups = query_BHTD.shape[1], key_BGTD.shape[1]
-    if heads != groups:
-        key_BGTD = key_BGTD.repeat_interleave(heads // groups, dim=1)
-        value_BGTD = value_BGTD.repeat_interleave(heads // groups, dim=1)
     length, dropout_p = query_BHTD.shape[2], dropout if module.training else 0.0
     scale = scaling if scaling is not None else query_BHTD.shape[-1] ** -0.5
     if document_cross_mask is not None and _is_cross(module):  # T5's position bias is zero here
         document_mask, document_segments, document_causal = document_cross_mask, None, False
-        position_bias = None
+        document_starts = position_bias = None
     window = sliding_window if sliding_window and sliding_window < length else 0
-    if document_segments is not None and position_bias is None and not dropout_p:
+    if document_starts is not None and position_bias is None and not dropout_p:
+        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
+        if can_attend(qkv[0]):
+            return varlen_attention(*qkv, document_starts, bool(document_causal), scale, window), None
+    key_BGTD, value_BGTD = (_for_heads(x_BGTD, query_BHTD.shape[1]) for x_BGTD in (key_BGTD, value_BGTD))
+    on_cpu = query_BHTD.device.type == "cpu"
+    if on_cpu and document_segments is not None and position_bias is None and not dropout_p:
         qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
         out_BHTD, _lse = _loop(*qkv, document_segments, bool(document_causal), scale, window)
         return out_BHTD.transpose(1, 2), None
@@ -119,13 +132,19 @@ def document_attention(
         mask = _windowed(mask, causal, length, window, query_BHTD.device)
     if position_bias is not None:
         mask, causal = _biased(mask, causal, position_bias), False
-    elif mask is not None and query_BHTD.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_p:
+    elif mask is not None and on_cpu and torch.compiler.is_compiling() and not dropout_p:
         qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
         return products_attention(*qkv, mask, causal=causal, scale=scale).transpose(1, 2), None
     out_BHTD = F.scaled_dot_product_attention(
         query_BHTD, key_BGTD, value_BGTD, mask, dropout_p, is_causal=causal and mask is None, scale=scaling
     )
     return out_BHTD.transpose(1, 2), None
+
+
+def _for_heads(x_BGTD: Tensor, heads: int) -> Tensor:
+    """Keys or values for every head, where several share them."""
+    groups = x_BGTD.shape[1]
+    return x_BGTD if groups == heads else x_BGTD.repeat_interleave(heads // groups, dim=1)
 
 
 def _is_cross(module: nn.Module) -> bool:
@@ -135,9 +154,10 @@ def _is_cross(module: nn.Module) -> bool:
 
 def _in_one_type(query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does around torch's own attention, for operators that it does not know."""
-    if not torch.is_autocast_enabled("cpu"):
+    device = query_BHTD.device.type
+    if not torch.is_autocast_enabled(device):
         return query_BHTD, key_BHSD, value_BHSD
-    kind = torch.get_autocast_dtype("cpu")
+    kind = torch.get_autocast_dtype(device)
     return query_BHTD.to(kind), key_BHSD.to(kind), value_BHSD.to(kind)
 
 

@@ -42,6 +42,7 @@ def encode(
     *,
     documents: bool = True,
     types_BT: Tensor | None = None,
+    starts_K: Tensor | None = None,
 ) -> Tensor:
     """Hidden states [B, T, D] of the body of a bidirectional model.
 
@@ -50,10 +51,11 @@ def encode(
         offsets_BT: position of each token in its document, from 0 on; in its sequence if not `documents`.
         documents: tokens see their own document only; otherwise every token of the sequence that is not padding.
         types_BT: which sentence of a pair each token is of; None: the first.
+        starts_K: as in `document_kwargs`.
     """
     if model.config.model_type in ROBERTA_KINDS:
         offsets_BT = offsets_BT + (model.config.pad_token_id + 1)
-    kwargs = document_kwargs(segments_BT, causal=False, documents=documents)
+    kwargs = document_kwargs(segments_BT, causal=False, documents=documents, starts_K=starts_K)
     if types_BT is not None:
         kwargs["token_type_ids"] = types_BT
     body = model.base_model(input_ids=ids_BT, position_ids=offsets_BT, attention_mask=None, **kwargs)

@@ -9,6 +9,8 @@ Shapes: N targets, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     Source: the fused linear cross-entropy of Liger-Kernel (Hsu et al. 2024); differs in being plain torch, so that
     the compiler fuses it on any device, and in keeping the weight's gradient in float32.
     """
+    hidden_ND = _in_product_type(hidden_ND)
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)):
         return _forward_only(hidden_ND, weight_VD, None, targets_N, chunk_targets)[0]
     loss: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_targets)  # type: ignore[no-untyped-call]
@@ -49,6 +52,7 @@ def loss_and_correct(
     Args:
         bias_V: added to the logits in float32; None where the head has none.
     """
+    hidden_ND = _in_product_type(hidden_ND)
     parameters = (hidden_ND, weight_VD) if bias_V is None else (hidden_ND, weight_VD, bias_V)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in parameters)):
         return _forward_only(hidden_ND, weight_VD, bias_V, targets_N, chunk_targets)
@@ -56,6 +60,14 @@ def loss_and_correct(
         hidden_ND, weight_VD, bias_V, targets_N, chunk_targets
     )
     return found
+
+
+def _in_product_type(hidden_ND: Tensor) -> Tensor:
+    """What autocast makes of hidden states before every product, made once; on CPU the compiler sees to that."""
+    device = hidden_ND.device.type
+    if device == "cpu" or not torch.is_autocast_enabled(device):
+        return hidden_ND
+    return hidden_ND.to(torch.get_autocast_dtype(device))
 
 
 def _forward_only(
@@ -95,21 +107,29 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None]
-            loss, grad_logits_NV = _chunk(_logits(hidden_ND[part], weight, None), targets_N[part], hidden_ND.dtype)
+            if _on_gpu(hidden_ND):
+                product_NV = hidden_ND[part] @ weight.t()
+                loss, _, grad_logits_NV = _fused()(product_NV, None, targets_N[part], False)
+                del product_NV
+            else:
+                loss, grad_logits_NV = _chunk(_logits(hidden_ND[part], weight, None), targets_N[part], hidden_ND.dtype)
             total = total + loss
             # Rows that predict nothing are taken out here, where they are D wide, and not from the V wide gradient.
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
             grad_weight_DV = _add_product(grad_weight_DV, hidden_ND[part] * kept_N1, grad_logits_NV)
         assert grad_weight_DV is not None, "no targets' places"
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_DV.t().contiguous().to(weight_VD.dtype))
+        grad_weight_VD = grad_weight_DV if _on_gpu(hidden_ND) else grad_weight_DV.t().contiguous()
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD.to(weight_VD.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], None, None
+        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), _scaled(grad_weight_VD, grads[0]), None, None
 
 
+_FURTHER_COLUMNS = 7
+"""Zeros beside the ones that stand for a bias, for products on a GPU, which want widths of multiples of 8."""
 _FLOAT16_ROOM = 64.0
 """By which hidden states are divided before they are summed in float16; a power of two, which rounds nothing."""
 
@@ -122,22 +142,28 @@ class _LossAndCorrect(torch.autograd.Function):
         weight = weight_VD.to(hidden_ND.dtype)
         total, correct = (hidden_ND.new_zeros((), dtype=torch.float32) for _ in range(2))
         grad_hidden: list[Tensor] = []
-        width = hidden_ND.shape[1]
+        width, more = hidden_ND.shape[1], _FURTHER_COLUMNS if _on_gpu(hidden_ND) else 0
         grad_DV: Tensor | None = None
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None].to(hidden_ND.dtype)
-            logits_NV = _logits(hidden_ND[part], weight, bias_V)
-            correct = correct + _correct(logits_NV, targets_N[part])
-            loss, grad_logits_NV = _chunk(logits_NV, targets_N[part], hidden_ND.dtype)
-            total = total + loss
+            if _on_gpu(hidden_ND):
+                product_NV = hidden_ND[part] @ weight.t()
+                loss, found, grad_logits_NV = _fused()(product_NV, bias_V, targets_N[part], True)
+                del product_NV
+            else:
+                logits_NV = _logits(hidden_ND[part], weight, bias_V)
+                found = _correct(logits_NV, targets_N[part])
+                loss, grad_logits_NV = _chunk(logits_NV, targets_N[part], hidden_ND.dtype)
+            total, correct = total + loss, correct + found
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
             # The bias is the weight of a hidden unit that is 1 wherever there is a target: one more row of a product.
-            seen_ND = torch.cat([hidden_ND[part] * kept_N1, kept_N1], dim=1)
+            seen_ND = torch.cat([hidden_ND[part] * kept_N1, kept_N1, kept_N1.new_zeros(len(kept_N1), more)], dim=1)
             grad_DV = _add_product(grad_DV, seen_ND, grad_logits_NV)
         assert grad_DV is not None, "no targets' places"
-        grad_weight_VD = grad_DV[:width].t().contiguous().to(weight_VD.dtype)
-        grad_bias_V = None if bias_V is None else grad_DV[width].to(bias_V.dtype)
+        grad_VD = grad_DV if _on_gpu(hidden_ND) else grad_DV.t()
+        grad_weight_VD = grad_VD[:, :width].contiguous().to(weight_VD.dtype)
+        grad_bias_V = None if bias_V is None else grad_VD[:, width].to(bias_V.dtype)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD, grad_bias_V)
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -146,11 +172,14 @@ class _LossAndCorrect(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         grad_bias_V = None if grad_bias_V is None else grad_bias_V * grads[0]
-        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD * grads[0], grad_bias_V, None, None
+        grad_weight_VD = _scaled(grad_weight_VD, grads[0])
+        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD, grad_bias_V, None, None
 
 
 def _add_product(total_DV: Tensor | None, left_ND: Tensor, right_NV: Tensor) -> Tensor:
-    """`total_DV + left_ND.T @ right_NV`, or the product alone, in float32."""
+    """`total_DV + left_ND.T @ right_NV`, or the product alone, in float32; on a GPU, turned and in place: [V, D]."""
+    if _on_gpu(left_ND):
+        return _add_on_gpu(total_DV, left_ND, right_NV)
     if total_DV is None:
         return _product(left_ND, right_NV)
     found: Tensor = _plus_product(total_DV, left_ND, right_NV)
@@ -179,6 +208,51 @@ def _plus_product_shape(total_DV: Tensor, left_ND: Tensor, right_NV: Tensor) -> 
     return torch.empty_like(total_DV)
 
 
+def _on_gpu(hidden_ND: Tensor) -> bool:
+    """Whether this code runs on a GPU as it stands, and no compiler sees all of it."""
+    return hidden_ND.is_cuda and not torch.compiler.is_compiling()
+
+
+_PRODUCT_ELEMENTS = 2**25
+"""Of a part of the weight's gradient that is made at once, before it is added to the rest."""
+
+
+def _add_on_gpu(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor) -> Tensor:
+    """`total_VD += right_NV.T @ left_ND`, summed and kept in float32, some rows of the vocabulary at a time."""
+    if total_VD is None:
+        total_VD = left_ND.new_zeros(right_NV.shape[1], left_ND.shape[1], dtype=torch.float32)
+    rows = max(1, _PRODUCT_ELEMENTS // left_ND.shape[1])
+    for start in range(0, len(total_VD), rows):
+        turned_VN = right_NV[:, start : start + rows].t()
+        total_VD[start : start + rows] += _wide_product(turned_VN, left_ND)
+    return total_VD
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in float32; with factors of 16 bits, sums are not rounded in between, which CUDA alone offers."""
+    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _scaled(gradient_VD: Tensor, factor: Tensor) -> Tensor:
+    """`gradient_VD * factor`; on a GPU in its place, for it is large and nobody else's."""
+    return gradient_VD.mul_(factor) if _on_gpu(gradient_VD) else gradient_VD * factor
+
+
+def _of_product(
+    product_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, count: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Loss of one chunk, right predictions if they are to be counted, and the gradient of its product."""
+    logits_NV = product_NV.float() if bias_V is None else product_NV.float() + bias_V.float()
+    loss, gradient_NV = _chunk(logits_NV, targets_N, product_NV.dtype)
+    return loss, _correct(logits_NV, targets_N) if count else None, gradient_NV
+
+
+@cache
+def _fused() -> Callable[..., Any]:
+    """`_of_product` as two passes over memory; where layers are compiled one by one, nothing else would fuse it."""
+    return torch.compile(_of_product, dynamic=False)
+
+
 def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Loss of one chunk, and its gradient with respect to the logits as if every row had a target."""
     log_probs_NV = torch.log_softmax(logits_NV, dim=-1)
@@ -195,12 +269,22 @@ def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Te
     return loss, grad_NV.to(dtype)
 
 
-def chunk_size(num_targets: int, vocab_size: int, *, logits_bytes: int = 2**26) -> int:
-    """Targets per chunk so that float32 logits of one chunk take about `logits_bytes` (64 MiB), all at once twice that.
+LOGITS_BYTES = {"cuda": 2**29}
+"""Of one chunk, by kind of device: what keeps a GPU busy. Fused, its 16 bits of logits and gradients take as much."""
+
+
+def chunk_size(num_targets: int, vocab_size: int, *, device: str = "cpu", logits_bytes: int | None = None) -> int:
+    """Targets per chunk so that float32 logits of one chunk take about `logits_bytes`, all at once twice that.
+
+    Args:
+        device: its kind.
+        logits_bytes: None: 64 MiB, on a GPU 512 MiB.
 
     >>> chunk_size(8192, 16384)
     1024
     """
+    if logits_bytes is None:
+        logits_bytes = LOGITS_BYTES.get(device, 2**26)
     if 4 * vocab_size * num_targets <= 2 * logits_bytes:
         return num_targets  # a short second chunk costs more than it saves
     size = max(256, logits_bytes // (4 * vocab_size))

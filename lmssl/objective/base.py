@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
+from lmssl.model.varlen import document_starts
 
 if TYPE_CHECKING:  # loader workers unpickle objectives and must not pay for importing transformers
     from transformers import PreTrainedModel
@@ -37,6 +38,15 @@ class MicroBatch:
     """Bytes of text that the first term's loss is spread over."""
     num_padding_tokens: int
     """Tokens of its sequences that hold no text; empty rows do not count."""
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The inputs on a device; copied to a GPU without waiting, and there with the `document_starts` of segments."""
+        if device.type != "cuda":
+            return {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        inputs = dict(self.inputs)
+        if "segments_BT" in inputs:
+            inputs["document_starts"] = document_starts(inputs["segments_BT"])
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in inputs.items()}
 
     def unpadded(self) -> MicroBatch:
         """The same without the columns in which every row is padding, but for whole blocks of `_COLUMNS`.

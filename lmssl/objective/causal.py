@@ -61,9 +61,14 @@ class CausalObjective(SumObjective):
             position_ids=inputs["offsets_BT"],
             attention_mask=None,
             use_cache=False,
-            **document_kwargs(inputs["segments_BT"], causal=True, documents=self.document_attention),
+            **document_kwargs(
+                inputs["segments_BT"],
+                causal=True,
+                documents=self.document_attention,
+                starts_K=inputs.get("document_starts"),
+            ),
         )
         hidden_ND = body.last_hidden_state.reshape(targets_N.shape[0], -1)
         weight_VD = output_weight(model)
-        chunk = chunk_size(targets_N.shape[0], weight_VD.shape[0])
+        chunk = chunk_size(targets_N.shape[0], weight_VD.shape[0], device=targets_N.device.type)
         return {"causal": summed_cross_entropy(hidden_ND, weight_VD, targets_N, chunk_targets=chunk)}

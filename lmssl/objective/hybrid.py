@@ -120,7 +120,7 @@ class HybridObjective(SumObjective):
         for name, (hidden, targets) in kinds.items():
             targets_N = targets.reshape(-1)
             hidden_ND = hidden.reshape(targets_N.shape[0], -1)
-            chunk = chunk_size(targets_N.shape[0], weight_VD.shape[0])
+            chunk = chunk_size(targets_N.shape[0], weight_VD.shape[0], device=targets_N.device.type)
             found[name] = loss_and_correct(hidden_ND, weight_VD, None, targets_N, chunk_targets=chunk)
         losses = {name: nats for name, (nats, _) in found.items()}
         return losses | {f"{name}_accuracy": correct for name, (_, correct) in found.items()}

@@ -65,7 +65,12 @@ class MaskedObjective(SumObjective):
         from lmssl.model.encoder import encode  # here, for loader workers must not pay for importing transformers
 
         hidden_BTD = encode(
-            model, inputs["ids_BT"], inputs["segments_BT"], inputs["offsets_BT"], documents=self.document_attention
+            model,
+            inputs["ids_BT"],
+            inputs["segments_BT"],
+            inputs["offsets_BT"],
+            documents=self.document_attention,
+            starts_K=inputs.get("document_starts"),
         )
         loss, correct = masked_loss(model, hidden_BTD, inputs["places_BC"], inputs["targets_BC"])
         return {"masked": loss, "accuracy": correct}
@@ -79,7 +84,7 @@ def masked_loss(
 
     hidden_ND, targets_N = at_targets(hidden_BTD, places_BC), targets_BC.reshape(-1)
     head = masked_head(model)
-    chunk = chunk_size(targets_N.shape[0], head.weight_VD.shape[0])
+    chunk = chunk_size(targets_N.shape[0], head.weight_VD.shape[0], device=targets_N.device.type)
     return loss_and_correct(head.transform(hidden_ND), head.weight_VD, head.bias_V, targets_N, chunk_targets=chunk)
 
 

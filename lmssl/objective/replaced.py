@@ -88,7 +88,12 @@ class ReplacedObjective(SumObjective):
         )
         kept_BT, replaced_BT = segments_BT != 0, (filled_BT != original_BT)
         hidden_BTD = encode(
-            model.discriminator, filled_BT, segments_BT, inputs["offsets_BT"], documents=self.document_attention
+            model.discriminator,
+            filled_BT,
+            segments_BT,
+            inputs["offsets_BT"],
+            documents=self.document_attention,
+            starts_K=inputs.get("document_starts"),
         )
         logits_BT = detections(model, hidden_BTD)
         losses_BT = F.binary_cross_entropy_with_logits(logits_BT, replaced_BT.float(), reduction="none")
@@ -112,10 +117,11 @@ class ReplacedObjective(SumObjective):
             inputs["segments_BT"],
             inputs["offsets_BT"],
             documents=self.document_attention,
+            starts_K=inputs.get("document_starts"),
         )
         head = masked_head(generator)
         hidden_ND, targets_N = head.transform(at_targets(hidden_BTD, places_BC)), inputs["targets_BC"].reshape(-1)
-        chunk = chunk_size(targets_N.shape[0], head.weight_VD.shape[0])
+        chunk = chunk_size(targets_N.shape[0], head.weight_VD.shape[0], device=targets_N.device.type)
         loss, correct = loss_and_correct(hidden_ND, head.weight_VD, head.bias_V, targets_N, chunk_targets=chunk)
         keys_N2 = inputs["keys_BC2"].reshape(-1, 2)
         samples_N = sampled_tokens(hidden_ND, head.weight_VD, head.bias_V, keys_N2, temperature=self.temperature)

@@ -58,7 +58,12 @@ class SentenceObjective(MaskedObjective):
         from lmssl.model.encoder import encode, sentence_logits
 
         hidden_BTD = encode(
-            model, inputs["ids_BT"], inputs["segments_BT"], inputs["offsets_BT"], types_BT=inputs["types_BT"]
+            model,
+            inputs["ids_BT"],
+            inputs["segments_BT"],
+            inputs["offsets_BT"],
+            types_BT=inputs["types_BT"],
+            starts_K=inputs.get("document_starts"),
         )
         loss, correct = masked_loss(model, hidden_BTD, inputs["places_BC"], inputs["targets_BC"])
         logits_N2 = sentence_logits(model, at_targets(hidden_BTD, inputs["heads_BP"]))

@@ -226,7 +226,7 @@ class SpanObjective(SumObjective):
         targets_N = inputs["targets_BO"].reshape(-1)
         hidden_ND = hidden_BOD.reshape(targets_N.shape[0], -1)
         weight_VD = output_weight(model)
-        chunk = chunk_size(targets_N.shape[0], weight_VD.shape[0])
+        chunk = chunk_size(targets_N.shape[0], weight_VD.shape[0], device=targets_N.device.type)
         nats, correct = loss_and_correct(hidden_ND, weight_VD, None, targets_N, chunk_targets=chunk)
         return {"span": nats, "accuracy": correct}
 

@@ -1,0 +1,160 @@
+"""Where a step's time goes: its kernels by time, the share in which none runs, and attention's kernels side by side.
+
+python benchmarks/gpu/kernel_times.py --out FOLDER --scratch FOLDER [--device cpu --tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from correctness import BACKENDS, Attend, Way, by_starts, seen
+from setting import Clock, drive, parse, recipe, write
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn import functional as F
+from torch.nn.attention import varlen as torch_varlen
+from torch.profiler import ProfilerActivity, profile
+
+TOP = 25
+CUDNN = "varlen by cuDNN"
+
+
+def profiled(args: argparse.Namespace, model: str, length: int, micro_tokens: int) -> dict[str, Any]:
+    """The kernels of two steps after warm-up."""
+    length, rows = (128, 2) if args.tiny else (length, micro_tokens // length)
+    asked = recipe(args, "kernels", model, length=length, micro_sequences=rows, steps=8)
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if args.device == "cuda" else [])
+    traced = profile(activities=kinds)
+
+    def around(number: int, step: Callable[[], None]) -> None:
+        if number == 5:
+            _finish(args)
+            traced.start()
+        step()
+        if number == 6:
+            _finish(args)
+            traced.stop()
+
+    found = drive(asked, args.device, steps=8, around=around)
+    on_device = DeviceType.CUDA if args.device == "cuda" else DeviceType.CPU
+    events = [event for event in traced.events() if event.device_type == on_device]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+    by_name: dict[str, tuple[float, int]] = {}
+    for event in events:
+        spent, count = by_name.get(event.name, (0.0, 0))
+        by_name[event.name] = spent + event.time_range.elapsed_us() / 1e6, count + 1
+    whole = (spans[-1][1] - spans[0][0]) / 1e6
+    busy = _covered(spans) / 1e6
+    top = sorted(by_name.items(), key=lambda item: -item[1][0])[:TOP]
+    return {
+        "seconds_of_two_steps": whole,
+        "idle_ratio": 1 - busy / whole,
+        "tokens_per_step": found.tokens_per_step,
+        "top": [
+            {"name": name[:160], "seconds": spent, "calls": count, "ratio": spent / whole}
+            for name, (spent, count) in top
+        ],
+    }
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Microseconds in which at least one kernel ran."""
+    total, reached = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _finish(args: argparse.Namespace) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def dense(_: Tensor, causal: bool) -> Attend:
+    """Attention that knows no documents: what a sequence that is one document costs at best."""
+    return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+
+@contextmanager
+def cudnn(wanted: bool) -> Iterator[None]:
+    """Let torch's `varlen_attn` call cuDNN, which it can and does not."""
+    plain = torch_varlen._should_use_cudnn
+    if wanted:
+        torch_varlen._should_use_cudnn = lambda _: True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch_varlen._should_use_cudnn = plain
+
+
+def attention(args: argparse.Namespace, way: Way, width: int, mean_tokens: int) -> dict[str, Any]:
+    """Forward and backward of one layer."""
+    length, rows, heads = (128, 2, 2) if args.tiny else (2048, 16, 768 // width)
+    generator = torch.Generator().manual_seed(0)
+    cuts = torch.rand(rows, length, generator=generator) < 1 / mean_tokens
+    segments = (cuts.cumsum(1) + 1).to(torch.int32).to(args.device)
+    shape = (rows, heads, length, width)
+    given = [torch.randn(shape, generator=generator).bfloat16().to(args.device).requires_grad_() for _ in range(3)]
+    gradient = torch.randn(shape, generator=generator).bfloat16().to(args.device)
+    attend = way(segments, True)
+    forward, both = Clock(args.device), Clock(args.device)
+    for number in range(3 if args.tiny else 13):
+        forward.marks = forward.marks if number > 2 else []
+        both.marks = both.marks if number > 2 else []
+        both.mark()
+        forward.mark()
+        out = attend(*given)
+        forward.mark()
+        torch.autograd.grad(out, given, gradient)
+        both.mark()
+    pairs = float(seen(segments, True).sum()) * heads
+    seconds = [statistics.median(clock.seconds()[::2]) for clock in (forward, both)]
+    return {
+        "forward_seconds": seconds[0],
+        "seconds": seconds[1],
+        "useful_tflops": 14 * pairs * width / seconds[1] / 1e12,  # 4 forward and 10 backward a pair, with recomputation
+        "heads": heads,
+        "head_width": width,
+        "mean_document_tokens": mean_tokens,
+    }
+
+
+def main() -> None:
+    """A profile of each model, then attention."""
+    args = parse(__doc__)
+    for model, length, micro_tokens in (("124M", 2048, 65536), ("1.3B", 2048, 16384)):
+        if args.tiny and model == "1.3B":
+            continue
+        if time.monotonic() + 25 > args.deadline:
+            print(f"kernels: no time for {model}")
+            continue
+        _row(args, f"step, {model}, {length}", partial(profiled, args, model, length, micro_tokens))
+    ways = {**BACKENDS, CUDNN: by_starts, "one document, torch's choice": dense}
+    if args.device == "cpu":
+        ways = {name: way for name, way in ways.items() if "varlen" not in name and name != "flex"}
+    for width, mean_tokens in ((64, 1000), (128, 1000), (64, 100)):
+        for name, way in ways.items():
+            if time.monotonic() + 3 < args.deadline:
+                with cudnn(name == CUDNN):
+                    find = partial(attention, args, way, width, mean_tokens)
+                    _row(args, f"attention, {name}", find)
+
+
+def _row(args: argparse.Namespace, what: str, find: Callable[[], dict[str, Any]]) -> None:
+    try:
+        found = find()
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    write(args, "kernels", what=what, **found)
+
+
+if __name__ == "__main__":
+    main()

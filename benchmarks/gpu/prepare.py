@@ -1,0 +1,30 @@
+"""Text and tokens that the other stages read, made once: `lmssl prepare` for both tokenizers.
+
+python benchmarks/gpu/prepare.py --out FOLDER --scratch FOLDER [--device cpu --tiny]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from setting import parse, recipe, text_file, write
+
+
+def main() -> None:
+    """Write the text, then prepare it."""
+    args = parse(__doc__)
+    began = time.monotonic()
+    path = text_file(args)
+    made = time.monotonic()
+    for name, model in (("causal", "124M"), ("masked", "ModernBERT-base")):
+        recipe(args, f"prepare-{name}", model, length=128, micro_sequences=2, steps=1)
+        command = [sys.executable, "-m", "lmssl", "prepare", str(args.scratch / f"prepare-{name}.yaml")]
+        subprocess.run(command, check=True)
+    seconds = {"text": made - began, "tokens": time.monotonic() - made}
+    write(args, "prepare", text_bytes=path.stat().st_size, seconds=seconds)
+
+
+if __name__ == "__main__":
+    main()

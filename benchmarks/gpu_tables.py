@@ -1,0 +1,150 @@
+"""Tables of what gpu.sh found, for report.py: the newest rows of each stage."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def newest(rows: Rows) -> Rows:
+    """Of each row, by its name, the one that was written last; tries of the script are left out."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if not row["tiny"]:
+            what = row.get("name") or row.get("what") or row.get("model")
+            found[what, row.get("round"), row.get("compile"), row.get("causal"), *_shape(row)] = row
+    return list(found.values())
+
+
+def _shape(row: dict[str, Any]) -> tuple[Any, Any]:
+    return row.get("head_width"), row.get("mean_document_tokens")
+
+
+def tables(by_stage: dict[str, Rows]) -> list[str]:
+    """One text a stage that has rows."""
+    found = []
+    for stage, table in (("correctness", correctness), ("mfu", mfu), ("peers", peers), ("memory", memory)):
+        rows = newest(by_stage.get(stage, []))
+        if rows:
+            found.append("\n".join([*table(rows), "", _where(rows[-1])]))
+    rows = newest(by_stage.get("kernels", []))
+    if rows:
+        found.append("\n".join([*kernels(rows), "", _where(rows[-1])]))
+    return found
+
+
+def _where(row: dict[str, Any]) -> str:
+    machine = row["machine"]
+    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "transformers", "accelerate") if k in machine)
+    return f"{row['date']}; {machine['device']}; Python {machine['python']}, {versions}.\nReproduce: `make bench-gpu`\n"
+
+
+def _failed(row: dict[str, Any]) -> str | None:
+    return row.get("left_out") or row.get("error")
+
+
+def correctness(rows: Rows) -> list[str]:
+    """What was checked before anything was timed."""
+    lines = ["## GPU, correctness\n", "| what | result |", "| --- | --- |"]
+    for row in rows:
+        said = row.get("error") or row.get("summary") or ""
+        if "num_leaks" in row:
+            worst = max(row["differences"].values())
+            said = f"{row['num_leaks']} leaks among {row['documents']} documents; off by {worst:.4f} from float64"
+        elif "loss_difference" in row:
+            said = f"loss off by {row['loss_difference']:.1e}, gradients by {row['gradient_difference']:.4f} from fp32"
+        causal = {True: ", causal", False: ", both ways"}.get(row.get("causal"), "")
+        lines.append(f"| {row['what']}{causal} | {'right' if row['good'] else 'WRONG'}: {_cell(said)} |")
+    return lines
+
+
+def mfu(rows: Rows) -> list[str]:
+    """Utilisation of one card."""
+    lines = [
+        "## GPU, utilisation\n",
+        f"{rows[0]['formula']} ({(rows[0]['peak_flops'] or 0) / 1e12:,.1f} TFLOP/s). Packed with document attention; "
+        "rates are those of the median step, with the slowest and the quickest.\n",
+        "| model, tokens of a sequence, settings | tokens/s | MFU | micro-batch | GB | documents a sequence |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if _failed(row):
+            lines.append(f"| {row['name']} | {_cell(_failed(row))} | | | | |")
+            continue
+        low, high = row["spread"]
+        share, micro = "" if row["mfu"] is None else f"{row['mfu']:.1%}", row["micro_batch_sequences"]
+        lines.append(
+            f"| {row['name']} | {row['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f}) | {share} "
+            f"| {micro} | {row['memory_bytes'] / 1e9:.0f} | {row['documents_per_sequence']:.1f} |"
+        )
+    return lines
+
+
+def peers(rows: Rows) -> list[str]:
+    """Rates of all entrants; the ratio is taken round by round."""
+    first = rows[0]
+    lines = [
+        "## GPU, beside others\n",
+        f"Llama of 124 M, {first['rows']} sequences of {first['sequence_length']} tokens a step; processes in turn.\n",
+        "| entrant | tokens/s | ours / theirs | GB |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        good = [row for row in mine if not _failed(row)]
+        if not good:
+            lines.append(f"| {name} | {_cell(_failed(mine[0]))} | | |")
+            continue
+        rates = [row["tokens_per_second"] for row in good]
+        ratios = [row["ours_ratio"] for row in good if row["ours_ratio"] is not None]
+        memory_bytes = max(row.get("memory_bytes", 0) for row in good)
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+        rate = f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})"
+        lines.append(f"| {name} | {rate} | {ratio} | {memory_bytes / 1e9:.0f} |")
+    return lines
+
+
+def memory(rows: Rows) -> list[str]:
+    """Peak of a step by the size of the vocabulary."""
+    lines = [
+        "## GPU, memory by vocabulary\n",
+        "Peak of a step of 8k tokens beyond weights, gradients and optimiser states.\n",
+        "| model, compile | 1k, GB | 128k, GB | ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if _failed(row):
+            lines.append(f"| {row['model']}, {row['compile']} | {_cell(_failed(row))} | | |")
+            continue
+        small, large = (found["beyond_bytes"] / 1e9 for found in row["rows"])
+        lines.append(f"| {row['model']}, {row['compile']} | {small:.2f} | {large:.2f} | {row['ratio']:.2f} |")
+    return lines
+
+
+def kernels(rows: Rows) -> list[str]:
+    """The kernels of a step, then attention's ways."""
+    lines = ["## GPU, where a step's time goes\n"]
+    for row in rows:
+        if "top" in row:
+            lines.append(f"{row['what']}: no kernel runs in {row['idle_ratio']:.1%} of the time.\n")
+            lines += ["| kernel | share | calls in two steps |", "| --- | --- | --- |"]
+            lines += [f"| `{_cell(k['name'])[:90]}` | {k['ratio']:.1%} | {k['calls']} |" for k in row["top"][:12]]
+            lines.append("")
+    lines += [
+        "Attention of one layer, 16 sequences of 2,048 tokens, causal; TFLOP/s count pairs within documents only.\n",
+        "| way | head width | tokens of a document | forward, ms | with backward, ms | TFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "useful_tflops" in row:
+            times = f"{row['forward_seconds'] * 1e3:.2f} | {row['seconds'] * 1e3:.2f} | {row['useful_tflops']:.0f}"
+            lines.append(f"| {row['what']} | {row['head_width']} | {row['mean_document_tokens']} | {times} |")
+        elif _failed(row):
+            lines.append(f"| {row['what']} | {_cell(_failed(row))} | | | | |")
+    return lines
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "/").replace("\n", " ")[:200]
