@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from bench_train import HERE, machine, run
+from record import HERE, machine, run
 from transfer_tasks import TASKS, LabelledSet, chosen_authors, read_jsonl
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -44,26 +44,27 @@ TINY = {
     "rates": (1e-3,),
     "seeds": 2,
     "pretrain_tokens": 16_384,
+    "batch_tokens": 1024,
+    "hidden_size": 64,
     "updates": 4,
     "epochs": 0.1,
     "num_scored": 64,
 }
-SHAPES: dict[str, dict[str, Any]] = {
-    "masked": {"kind": "bert", "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024},
-    "causal": {"kind": "llama", "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 768},
-}
+FAMILIES = {"masked": ("bert", 4), "causal": ("llama", 3)}
+"""Kind, and how much wider its inner layers are."""
+HEAD_SIZE = 64
 TOKENIZERS = {"masked": "tokenizer/wordpiece-8k", "causal": "tokenizer/bpe-16k"}
 
 
 def recipe(args: argparse.Namespace, text: Path) -> dict[str, Any]:
     """The pretraining of a run."""
-    shape = SHAPES[args.objective] | ({"hidden_size": 64, "intermediate_size": 128} if args.tiny else {})
-    masked = args.objective == "masked"
-    tokens = args.pretrain_tokens
+    masked, tokens, batch = args.objective == "masked", args.pretrain_tokens, args.batch_tokens
+    (kind, widening), width = FAMILIES[args.objective], args.hidden_size
+    sizes = {"hidden_size": width, "intermediate_size": widening * width, "num_attention_heads": width // HEAD_SIZE}
     return {
         "name": "transfer",
         "out": str(args.work / "run"),
-        "tokenizer": {"path": TOKENIZERS[args.objective]},
+        "tokenizer": {"path": args.tokenizer or TOKENIZERS[args.objective]},
         "data": {
             "sequence_length": args.max_tokens,
             "mixture": [{"name": "books", "kind": "jsonl", "path": str(text)}],
@@ -71,15 +72,15 @@ def recipe(args: argparse.Namespace, text: Path) -> dict[str, Any]:
             "cache": str(args.work / "cache"),
         },
         "objective": {"kind": "masked", "rate": 0.3} if masked else {"kind": "causal"},
-        "model": shape | {"num_attention_heads": shape["hidden_size"] // 64 * (1 if not args.tiny else 2)},
+        "model": {"kind": kind, "num_hidden_layers": 4, **sizes},
         "optim": {"kind": "adamw", "lr": 1.5e-3 if masked else 2e-3, "betas": [0.9, 0.98]},
-        "schedule": {"kind": "linear", "warmup_tokens": tokens // 16 // 16_384 * 16_384},
+        "schedule": {"kind": "linear", "warmup_tokens": tokens // 16 // batch * batch},
         "train": {
-            "tokens": tokens,
-            "batch_tokens": 1024 if args.tiny else 16_384,
-            "micro_batch_sequences": 8 if args.tiny else 64,
+            "tokens": tokens // batch * batch,
+            "batch_tokens": batch,
+            "micro_batch_sequences": min(64, batch // args.max_tokens),
         },
-        "checkpoint": {"every_steps": None if args.tiny else 200},
+        "checkpoint": {"every_steps": None if args.tiny else 500},
         "evaluate": {"every_steps": None},
     }
 
@@ -116,7 +117,7 @@ class Transfer:
         settings = [args.max_tokens, args.updates, args.epochs, args.precision, args.rates, args.num_scored]
         text = json.dumps([told, settings], sort_keys=True)
         self.setup = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.about = {"objective": args.objective, "model": known["model"], "pretrain_tokens": args.pretrain_tokens}
+        self.about = {"objective": args.objective, "model": known["model"], "pretrain_tokens": known["train"]["tokens"]}
         lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
         rows = [json.loads(line) for line in lines]
         self.done = {self._key(row): row for row in rows if row.get("setup") == self.setup}
@@ -195,12 +196,15 @@ def arguments() -> argparse.Namespace:
     """The command line; what --tiny changes is changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", type=Path, required=True)
-    parser.add_argument("--objective", choices=tuple(SHAPES), default="masked")
+    parser.add_argument("--objective", choices=tuple(FAMILIES), default="masked")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--pretrain-tokens", type=int, default=40_000_000)
+    parser.add_argument("--tokenizer", help="default: one of the shipped ones, by objective")
+    parser.add_argument("--batch-tokens", type=int, default=16_384, help="of an update of pretraining")
+    parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--updates", type=int, default=300, help="updates of a run at least")
     parser.add_argument("--epochs", type=float, default=5, help="epochs of a run at least")
     parser.add_argument("--batch-size", type=int, default=16)

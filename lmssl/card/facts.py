@@ -53,10 +53,12 @@ class Facts:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """What `lmssl eval` found of this step, the newest of each name; of the weights as they were trained."""
-        if self.weights.get("ema") or self.weights.get("average", 1) > 1:
+        """What `lmssl eval` found of this step and these weights, the newest of each name."""
+        if self.weights.get("average", 1) > 1:
             return []
-        rows = [row for row in _rows(self.run / "evaluations.jsonl") if row.get("step") == self.found.step]
+        kept = "ema" if self.weights.get("ema") else None
+        of_step = (row for row in _rows(self.run / "evaluations.jsonl") if row.get("step") == self.found.step)
+        rows = [row for row in of_step if row.get("weights") == kept]
         newest = {(row.get("kind"), row.get("name")): row for row in rows if isinstance(row.get("metrics"), dict)}
         return list(newest.values())
 

@@ -26,7 +26,7 @@ _WORDS = {
 def results_section(facts: Facts) -> str:
     """Every evaluation of the exported step."""
     parts = [_held_out(facts)]
-    if facts.weights.get("ema") or facts.weights.get("average", 1) > 1:
+    if _is_mean(facts):
         parts.append("These numbers are those of the weights as they were trained, at the last of the steps above.")
     rows = [
         (row.get("kind"), row.get("name"), _WORDS.get(name, name.replace("_", " ")), _shown(value))
@@ -35,7 +35,9 @@ def results_section(facts: Facts) -> str:
         if _is_number(value)
     ]
     if rows:
-        parts.append("By `lmssl eval`:\n\n" + table(["kind", "what", "measure", "value"], rows))
+        parts.append(
+            "By `lmssl eval`, of the exported weights:\n\n" + table(["kind", "what", "measure", "value"], rows)
+        )
     return "\n\n".join(parts)
 
 
@@ -59,12 +61,16 @@ def _loss(numbers: Mapping[str, Any]) -> str:
 
 def model_index(facts: Facts, task: str) -> list[EvalResult]:
     """The same numbers as the Hub reads them; empty where nothing was measured on these weights."""
-    return [] if facts.weights.get("ema") or facts.weights.get("average", 1) > 1 else list(_results(facts, task))
+    return list(_results(facts, task))
+
+
+def _is_mean(facts: Facts) -> bool:
+    return bool(facts.weights.get("ema")) or facts.weights.get("average", 1) > 1
 
 
 def _results(facts: Facts, task: str) -> Iterator[EvalResult]:
     evaluation = facts.state.get("evaluation") or {}
-    if evaluation.get("step") == facts.found.step:
+    if evaluation.get("step") == facts.found.step and not _is_mean(facts):
         sets = {"held-out text of the training corpora": evaluation, **evaluation.get("sets", {})}
         for name, numbers in sets.items():
             for metric in ("loss", "bits_per_byte"):

@@ -46,6 +46,8 @@ class Order:
     """Tokens of a forward, padding included."""
     bf16: bool = False
     """Matrix products in bfloat16."""
+    ema: bool = False
+    """Of a run, the moving average of its weights."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,12 +64,14 @@ def evaluate_now(order: Order, accelerator: Accelerator, *, time: str, as_json: 
         LmsslError: the suite, the model, a file or an output is wrong.
     """
     suite = None if order.suite is None else load_suite(order.suite)  # a wrong suite is refused before a model is read
-    subject = open_subject(order.path, step=order.step)
+    subject = open_subject(order.path, step=order.step, ema=order.ema)
     if suite is None:
         rows = [_held_out(subject, order, accelerator, time)]
     else:
         asked = _ask(suite.evaluations, subject, order, accelerator)
         rows = [result_row(e, found, step=subject.step, time=time) for e, found in asked]
+    if order.ema:
+        rows = [{**row, "weights": "ema"} for row in rows]
     if accelerator.is_main_process:
         if subject.recipe is not None:
             results.append_rows(order.path / results.FILE, rows)

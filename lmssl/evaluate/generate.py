@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lmssl.errors import EvaluationError
+from lmssl.evaluate.reader import Reader
 from lmssl.evaluate.subject import Subject
+from lmssl.tokenizer.load import Tokenizer
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
@@ -71,14 +73,14 @@ def fill_masks(subject: Subject, prompt: str, *, top_k: int) -> list[list[tuple[
     """
     subject = subject.with_stock_attention()
     mask_id = subject.reader.mask_id
-    ids = subject.tokenizer.backend.encode(_own_masks(subject, prompt)).ids
-    _check_length(subject, len(ids))
+    ids = subject.tokenizer.backend.encode(own_masks(subject.reader, prompt)).ids
+    check_length(subject.reader, len(ids))
     places = [place for place, token in enumerate(ids) if token == mask_id]
     if not places:
         raise EvaluationError(
             "the prompt has no mask to fill",
             where=repr(prompt[:60]),
-            remedy=f'write one where a word is missing: "Paris is the {_mask(subject)} of France."',
+            remedy=f'write one where a word is missing: "Paris is the {_mask(subject.reader)} of France."',
         )
     with torch.no_grad():
         logits = subject.model(input_ids=_row(subject, ids)).logits[0, places, : subject.tokenizer.num_tokens]
@@ -94,37 +96,51 @@ def _continue(subject: Subject, prompt: str, sampling: Sampling) -> str:
     reader = subject.reader
     before, _ = reader.around("auto", where="the prompt")
     given = reader.encode([prompt])[0].tolist()
-    _check_length(subject, len(before) + len(given) + 1)
+    check_length(reader, len(before) + len(given) + 1)
     longest = reader.longest_tokens
     room = sampling.max_new_tokens if longest is None else longest - len(before) - len(given)
     ids = [*before, *given]
     if not ids:
         raise EvaluationError("the prompt is empty", where="PROMPT", remedy="give a text to continue")
     written = _generate(subject, ids, sampling, min(room, sampling.max_new_tokens))[len(ids) :]
-    return prompt + _decoded_behind(subject, given, written)
+    return prompt + decoded_behind(subject.tokenizer, given, written)
 
 
-def _decoded_behind(subject: Subject, given: list[int], written: list[int]) -> str:
+def decoded_behind(tokenizer: Tokenizer, given: list[int], written: list[int]) -> str:
     """What new tokens add to the text of those given; a token by itself may lose its space."""
-    decode = subject.tokenizer.backend.decode
+    decode = tokenizer.backend.decode
     whole, start = decode([*given, *written]), decode(given)
     return str(whole[len(start) :] if whole.startswith(start) else decode(written))
 
 
 def _fill_sentinels(subject: Subject, prompt: str, sampling: Sampling) -> str:
+    ids = ids_with_sentinels(subject.tokenizer, prompt)
+    return sentinels_filled(subject.tokenizer, prompt, _generate(subject, ids, sampling, sampling.max_new_tokens))
+
+
+def ids_with_sentinels(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """What T5's encoder reads of a prompt.
+
+    Raises:
+        EvaluationError: it has no sentinel.
+    """
     if not _SENTINEL.search(prompt):
         raise EvaluationError(
             "the prompt has no sentinel to fill",
             where=repr(prompt[:60]),
             remedy='write one where text is missing: "Paris is <extra_id_0> of France."',
         )
-    ids = subject.tokenizer.backend.encode(prompt).ids
-    written = _generate(subject, ids, sampling, sampling.max_new_tokens)
-    text = subject.tokenizer.backend.decode(written, skip_special_tokens=False)
+    ids: list[int] = tokenizer.backend.encode(prompt).ids
+    return ids
+
+
+def sentinels_filled(tokenizer: Tokenizer, prompt: str, written: list[int]) -> str:
+    """The prompt with what the decoder wrote in place of its sentinels; those it did not write stay."""
+    text = tokenizer.backend.decode(written, skip_special_tokens=False)
     pieces = _SENTINEL.split(text)[1:]
     fills = dict(zip(_SENTINEL.findall(text), pieces, strict=True))
-    eos = subject.tokenizer.eos_id
-    end = subject.tokenizer.backend.id_to_token(eos) if eos is not None else None
+    eos = tokenizer.eos_id
+    end = tokenizer.backend.id_to_token(eos) if eos is not None else None
     found = {name: (fill.split(end)[0] if end else fill).strip() for name, fill in fills.items()}
     return _SENTINEL.sub(lambda match: found.get(match[0], match[0]), prompt)
 
@@ -155,25 +171,31 @@ def _row(subject: Subject, ids: list[int]) -> Tensor:
     return torch.tensor([ids], device=subject.model.device)
 
 
-def _check_length(subject: Subject, num_tokens: int) -> None:
-    longest = subject.reader.longest_tokens
+def check_length(reader: Reader, num_tokens: int) -> None:
+    """Refuse a prompt that the model cannot read.
+
+    Raises:
+        EvaluationError: it is too long.
+    """
+    longest = reader.longest_tokens
     if longest is not None and num_tokens > longest:
         raise EvaluationError(
-            f"the prompt takes {num_tokens} tokens, and {subject.what} reads at most {longest}",
+            f"the prompt takes {num_tokens} tokens, and {reader.what} reads at most {longest}",
             where="PROMPT",
             remedy="shorten it",
         )
 
 
-def _mask(subject: Subject) -> str:
-    return str(subject.tokenizer.backend.id_to_token(subject.reader.mask_id))
+def _mask(reader: Reader) -> str:
+    return str(reader.tokenizer.backend.id_to_token(reader.mask_id))
 
 
-def _own_masks(subject: Subject, prompt: str) -> str:
-    return prompt.replace("[MASK]", _mask(subject)).replace("<mask>", _mask(subject))
+def own_masks(reader: Reader, prompt: str) -> str:
+    """A prompt with the tokenizer's own mask token for `[MASK]` and `<mask>`."""
+    return prompt.replace("[MASK]", _mask(reader)).replace("<mask>", _mask(reader))
 
 
 def _replace(subject: Subject, prompt: str, fills: list[str]) -> str:
-    pieces = _own_masks(subject, prompt).split(_mask(subject))
+    pieces = own_masks(subject.reader, prompt).split(_mask(subject.reader))
     joined = [piece + fill.strip() for piece, fill in zip(pieces, [*fills, ""], strict=True)]
     return "".join(joined)

@@ -77,8 +77,7 @@ def evaluate_loss(
                 for micro in batches:
                     if not go_on():
                         return None
-                    inputs = {name: tensor.to(accelerator.device) for name, tensor in micro.inputs.items()}
-                    found = module(inputs)
+                    found = module(micro.on(accelerator.device))
                     of_names = [value for name in names for value in (float(found[name]), micro.counts[name])]
                     sums[corpus] += torch.tensor([*of_names, micro.num_bytes], dtype=torch.float64)
     finally:

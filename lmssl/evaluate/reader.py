@@ -64,7 +64,8 @@ class Reader:
             raise EvaluationError(
                 f"{self.what} gives no likelihood of a text",
                 where="its config",
-                remedy="likelihoods need a causal or a masked model; of ELECTRA, evaluate the folder `generator`",
+                remedy="likelihoods need a causal or a masked model; of ELECTRA, evaluate the folder `generator`; of "
+                "T5, `lmssl eval RUN` without a suite gives the loss of spans of held-out text",
             )
         return self.kind == "causal"
 

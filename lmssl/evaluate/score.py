@@ -84,7 +84,7 @@ def score_rows(
                 if not go_on():
                     return None
                 batch = batches[number % len(batches)]
-                inputs = _tensors([rows[i] for i in batch], model.config.pad_token_id or 0)
+                inputs = row_tensors([rows[i] for i in batch], model.config.pad_token_id or 0)
                 inputs = {name: tensor.to(accelerator.device) for name, tensor in inputs.items()}
                 scored = function(model, inputs) if model is module else module(inputs, function)
                 if number < len(batches):
@@ -117,7 +117,7 @@ def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
         yield first + list(islice(order, max(0, room - 1)))
 
 
-def _tensors(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+def row_tensors(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
     """Rows padded at their ends."""
     length = max(1, *(len(row.ids) for row in rows))
     most = max(1, *(len(row.places) for row in rows))
@@ -138,7 +138,7 @@ def _row_scores(model: PreTrainedModel, inputs: dict[str, Tensor], *, causal: bo
     """Nats and right predictions of each row."""
     places_BC, targets_BC = inputs["places_BC"], inputs["targets_BC"]
     targets_N = targets_BC.reshape(-1)
-    logits, states_ND, vocab_size = _logits_of(model, inputs, places_BC, causal=causal)
+    logits, states_ND, vocab_size = logits_of(model, inputs, places_BC, causal=causal)
     chunk = chunk_size(len(targets_N), vocab_size)
     nats, right = [], []
     for start in range(0, len(targets_N), chunk):
@@ -152,7 +152,7 @@ def _row_scores(model: PreTrainedModel, inputs: dict[str, Tensor], *, causal: bo
     return {"nats_B": torch.cat(nats).view(shape).sum(1), "right_B": torch.cat(right).view(shape).sum(1).double()}
 
 
-def _logits_of(
+def logits_of(
     model: PreTrainedModel, inputs: dict[str, Tensor], places_BC: Tensor, *, causal: bool
 ) -> tuple[Callable[[Tensor], Tensor], Tensor, int]:
     """What makes float32 logits of states, the states at the targets [N, D], and the size of the vocabulary.

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 import lmssl.model.build  # noqa: F401  registers document attention
 from lmssl import checkpoint
-from lmssl.errors import EvaluationError
+from lmssl.errors import CheckpointError, EvaluationError
 from lmssl.evaluate.reader import Reader
 from lmssl.evaluate.suite import LIKELIHOODS
 from lmssl.model.build import SPAN_KINDS, build_recipe_model
@@ -77,13 +77,14 @@ class Subject:
         return self
 
 
-def open_subject(path: Path, *, step: int | None = None) -> Subject:
+def open_subject(path: Path, *, step: int | None = None, ema: bool = False) -> Subject:
     """Open a transformers folder, or a checkpoint of a run.
 
     Args:
         step: of a run's checkpoint; None is the newest.
+        ema: of a run, the moving average that `train.ema_decay` kept, instead of the weights.
     Raises:
-        CheckpointError: the run has no such checkpoint.
+        CheckpointError: the run has no such checkpoint, or kept no average.
         EvaluationError: the folder holds neither, or a model that cannot be loaded.
         TokenizerError: its tokenizer cannot be loaded.
     """
@@ -97,12 +98,16 @@ def open_subject(path: Path, *, step: int | None = None) -> Subject:
             remedy=f"give the run and the step: {path.parent.parent} --step {number or 0}",
         )
     if checkpoint.checkpoints_path(path).is_dir():
-        return _open_run(path, step)
+        return _open_run(path, step, ema=ema)
     if not (path / "config.json").is_file():
         raise EvaluationError("the folder holds no model: there is no config.json", where=str(path), remedy=_NO_MODEL)
     if step is not None:
         raise EvaluationError(
             "a transformers folder has no steps", where=f"--step {step}", remedy="give a run folder, or leave it out"
+        )
+    if ema:
+        raise EvaluationError(
+            "a transformers folder has one set of weights", where="--ema", remedy="give a run folder, or leave it out"
         )
     return _open_folder(path)
 
@@ -128,12 +133,18 @@ def recipe_reader(recipe: Recipe, config: PreTrainedConfig, tokenizer: Tokenizer
     )
 
 
-def _open_run(path: Path, step: int | None) -> Subject:
+def _open_run(path: Path, step: int | None, *, ema: bool) -> Subject:
     found = checkpoint.find_step(path, step)
     recipe = load_recipe(found.path / "recipe.yaml").recipe
+    if ema and recipe.train.ema_decay is None:
+        raise CheckpointError(
+            "the run kept no moving average of its weights",
+            where=str(found.path),
+            remedy="leave out --ema; train.ema_decay=0.999 keeps one in a new run",
+        )
     config = AutoConfig.for_model(**json.loads(found.text("config.json")))
     model = build_recipe_model(recipe, config)
-    checkpoint.load_weights(model, found.tensors("model"), where=str(found.path))
+    checkpoint.load_weights(model, found.tensors("ema" if ema else "model"), where=str(found.path))
     kind: Kind | None = "span" if recipe.objective.kind == "span" else LIKELIHOODS.get(recipe.objective.kind)
     if isinstance(model, ElectraPair):
         model, kind = model.generator, "masked"  # the part that knows how likely a token is

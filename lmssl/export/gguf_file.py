@@ -2,7 +2,8 @@
 
 llama.cpp has the splitting of text into words built in, by name, so only a tokenizer that splits exactly as one of
 these names says can be written. Its own converter knows tokenizers by hashes of ids and refuses every one that somebody
-trained.
+trained. What else it has built in, such as activations, no file can change: a model that differs there is refused, for
+transformers, which reads the file back here, takes those from the config and would not see it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ from lmssl.tokenizer.split import SPLIT_PATTERNS
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2"}
 
+BUILT_IN: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {"hidden_act": ("silu",)},
+    "qwen3": {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+}
+"""Values of the config that llama.cpp takes for granted."""
+
 TOLERANCE = 1e-3
 """Largest difference of float32 logits, as a share of the largest logit; the numbers in the file are the same."""
 
@@ -47,6 +60,7 @@ def check_gguf(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
             where="--gguf",
             remedy=f"leave it out; it is for {', '.join(ARCHITECTURES)}",
         )
+    _check_built_in(model.config)
     content = json.loads((tokenizer.path / "tokenizer.json").read_text(encoding="utf-8"))
     split = _split_name(content.get("pre_tokenizer") or {})
     if content["model"].get("type") != "BPE" or content.get("normalizer") is not None or split is None:
@@ -57,7 +71,42 @@ def check_gguf(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
         )
     if split == "llama-bpe":
         _check_whole_words(tokenizer)
+    _added_around(tokenizer)
     return split
+
+
+def _check_built_in(config: Any) -> None:
+    for name, values in BUILT_IN[config.model_type].items():
+        if getattr(config, name, values[0]) not in values:
+            raise ExportError(
+                f"llama.cpp runs {config.model_type} with {name}: {values[0]} only, and here it is "
+                f"{getattr(config, name)}",
+                where="--gguf",
+                remedy="leave it out",
+            )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default" or rope.keys() - {"rope_type", "rope_theta"}:
+        raise ExportError(
+            f"rotary positions of type {rope['rope_type']} are not written as GGUF",
+            where="--gguf",
+            remedy="leave it out; plain ones with any rope_theta can be written",
+        )
+
+
+def _added_around(tokenizer: Tokenizer) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before a text and eos behind it; llama.cpp can do nothing else there."""
+    whole = tokenizer.backend.encode("a").ids
+    plain = tokenizer.backend.encode("a", add_special_tokens=False).ids
+    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    for before in ([], bos):
+        for behind in ([], eos):
+            if whole == [*before, *plain, *behind]:
+                return bool(before), bool(behind)
+    raise ExportError(
+        "the tokenizer puts more around a text than bos and eos, and llama.cpp does not",
+        where="--gguf",
+        remedy="leave it out, or take the post_processor out of tokenizer.json",
+    )
 
 
 def _split_name(pre_tokenizer: dict[str, Any]) -> str | None:
@@ -137,12 +186,11 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, split: str, *, num_rows: i
     from gguf import TokenType
 
     by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    special = {number for number, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special}
+    kinds: dict[int, Any] = dict.fromkeys(by_id, TokenType.NORMAL)
+    for number, added in tokenizer.backend.get_added_tokens_decoder().items():  # the others are found in any text
+        kinds[number] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     tokens = [by_id.get(number, f"[UNUSED{number}]") for number in range(num_rows)]
-    types = [
-        TokenType.UNUSED if number not in by_id else TokenType.CONTROL if number in special else TokenType.NORMAL
-        for number in range(num_rows)
-    ]
+    types = [kinds.get(number, TokenType.UNUSED) for number in range(num_rows)]
     merges = json.loads(tokenizer.backend.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
@@ -153,7 +201,9 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, split: str, *, num_rows: i
         number = getattr(tokenizer, f"{role}_id")
         if number is not None:
             getattr(writer, f"add_{role}_token_id")(number)
-    writer.add_add_bos_token(False)
+    before, behind = _added_around(tokenizer)
+    writer.add_add_bos_token(before)
+    writer.add_add_eos_token(behind)
 
 
 def _array(name: str, weight: Tensor, model: PreTrainedModel) -> np.ndarray[Any, np.dtype[np.float32]]:

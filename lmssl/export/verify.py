@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BertForPreTraining, ElectraForPreTraining, PreTrainedModel
 
 from lmssl.errors import ExportError
 from lmssl.export.stock import max_tokens
 from lmssl.tokenizer.load import Tokenizer
 
 LOGITS_TOLERANCE = 1e-4
-"""Largest difference of float32 logits between what was written and what was read; document and stock attention differ
-in the order of summation."""
+"""Largest difference of float32 logits, and of the loss, between what was written and what was read; document and stock
+attention differ in the order of summation."""
 
 ROUNDING_TOLERANCE = {"float32": 0.0, "bfloat16": 0.1, "float16": 0.02}
 """How far rounding the weights may move a logit, as a share of the largest logit. A bfloat16 keeps 8 bits, a float16
@@ -37,10 +37,11 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=
 with torch.no_grad():
     output = model(**{name: torch.tensor([ids]) for name, ids in probe["inputs"].items()})
 logits = torch.cat([output[name].float().flatten() for name in output if name.endswith("logits")])
+loss = output["loss"].double()
 ids = torch.tensor(tokenizer(probe["text"], add_special_tokens=False)["input_ids"])
 count = torch.tensor(sum(p.numel() for p in model.parameters()))
 assert "lmssl" not in sys.modules
-save_file({"logits": logits, "text_ids": ids, "num_parameters": count}, out)
+save_file({"logits": logits, "loss": loss, "text_ids": ids, "num_parameters": count}, out)
 """
 
 TEXT = "The quick brown fox jumps over 13 lazy dogs.\n\tdef naïve(): return '漢字'"
@@ -53,6 +54,7 @@ class Probe:
     text_ids: list[int]
     """All ids of the text, as the tokenizer gives them."""
     inputs: dict[str, list[int]]
+    """What the class's forward takes, labels included, so that its own loss is compared as well."""
 
     @staticmethod
     def of(model: PreTrainedModel, tokenizer: Tokenizer) -> Probe:
@@ -62,19 +64,29 @@ class Probe:
         inputs = {"input_ids": ids}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = [model.config.decoder_start_token_id, *ids[:-1]]
+        # Of every kind some labels that are in its range: of tokens, of pairs of sentences, of replaced tokens.
+        detector = isinstance(model, ElectraForPreTraining)
+        inputs["labels"] = [place % 2 for place in range(len(ids))] if detector else ids
+        if isinstance(model, BertForPreTraining):
+            inputs["next_sentence_label"] = [1]
         return Probe(text_ids, inputs)
 
     def logits(self, model: PreTrainedModel) -> Tensor:
         """What a model in float32 gives, flat."""
+        return self.answers(model)[0]
+
+    def answers(self, model: PreTrainedModel) -> tuple[Tensor, float]:
+        """Logits of a model in float32, flat, and its class's own loss."""
         with torch.no_grad():
             output = model(**{name: torch.tensor([value]) for name, value in self.inputs.items()})
-        return torch.cat([output[name].float().flatten() for name in output if name.endswith("logits")])
+        logits = torch.cat([output[name].float().flatten() for name in output if name.endswith("logits")])
+        return logits, float(output["loss"])
 
 
 def verify(
     model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, auto_class: str, exact: Tensor, dtype: str
 ) -> float:
-    """Logits, parameter count and token ids of a fresh process against ours; returns the largest logits difference.
+    """Logits, loss, parameter count and token ids of a fresh process against ours; returns the largest difference.
 
     Args:
         model: with the weights that were written, in float32.
@@ -85,12 +97,14 @@ def verify(
     """
     probe = Probe.of(model, tokenizer)
     theirs = _read_afresh(probe, folder.resolve(), auto_class)
-    ours = probe.logits(model)
+    ours, loss = probe.answers(model)
     difference = float((ours - theirs["logits"]).abs().max())
     rounding, room = float((ours - exact).abs().max()), ROUNDING_TOLERANCE[dtype] * float(exact.abs().max())
     problems = []
     if not difference <= LOGITS_TOLERANCE:
         problems.append(f"logits differ by {difference:.3g}")
+    if not abs(float(theirs["loss"]) - loss) <= LOGITS_TOLERANCE:
+        problems.append(f"its loss is {float(theirs['loss']):.6g} instead of {loss:.6g}")
     if not rounding <= room:
         problems.append(f"{dtype} moves logits by {rounding:.3g}, more than {room:.3g}; choose another --dtype")
     if int(theirs["num_parameters"]) != model.num_parameters():

@@ -13,7 +13,8 @@ from typing import Any
 
 from lmssl.errors import LmsslError, PushError
 from lmssl.push.hub import PATIENCE_SECONDS, Hub
-from lmssl.push.staging import Staged, stage
+from lmssl.push.staging import Staged, check_license, stage
+from lmssl.recipe.load import load_recipe
 from lmssl.release.marker import run_identity, source_of
 
 MAIN = "main"
@@ -85,6 +86,8 @@ def push(
             where=str(wanted.source),
             remedy="give the run folder, or leave them out",
         )
+    if wanted.is_run:
+        _check_license(wanted)
     names = revision_names(wanted) if wanted.revisions is not None else {}
     pushing = _Pushing(wanted, tuple(private), report)
     if wanted.dry_run:
@@ -107,6 +110,19 @@ def push(
     where = f"{hub.api.endpoint}/{wanted.repo}"
     report(f"{where}: {', '.join(changed)} uploaded" if changed else f"{where} is up to date; nothing was uploaded")
     return changed
+
+
+def _check_license(wanted: Push) -> None:
+    """Before minutes of exporting: what the card would name."""
+    if wanted.licence is not None:
+        check_license(wanted.licence, public=wanted.public, where="--license")
+        return
+    from lmssl.checkpoint.folder import step_folders, step_of  # with torch, which pushing a folder does without
+
+    folders = [path for path in step_folders(wanted.source) if wanted.step in (None, step_of(path))]
+    recipe = folders[-1] / "recipe.yaml" if folders else None
+    if recipe is not None and recipe.is_file():  # otherwise the export says what is wrong
+        check_license(load_recipe(recipe).recipe.card.license, public=wanted.public, where=str(wanted.source))
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,24 @@ def _check_unchanged(marker: dict[str, Any], folder: Path, names: list[str]) -> 
             raise PushError(f"{name} {problem} since the export", where=name, remedy="export again")
 
 
+def check_license(licence: str | None, *, public: bool, where: str) -> None:
+    """A licence in the Hub's words, or none where nobody else will see the model.
+
+    Raises:
+        PushError: everybody will see it and there is none, or it is in other words.
+    """
+    if public and not licence:
+        raise PushError(
+            "the card names no licence, and everybody will see the model",
+            where=where,
+            remedy="give --license, such as apache-2.0, or the recipe a card.license",
+        )
+    if where == "--license" and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(licence)):
+        raise PushError(
+            f"{licence!r} is no licence in the Hub's words", where=where, remedy="such as apache-2.0 or other"
+        )
+
+
 def _license(folder: Path, *, public: bool, licence: str | None) -> None:
     """Give the card the licence, and insist on one where everybody will see it."""
     path = folder / "README.md"
@@ -173,17 +191,8 @@ def _license(folder: Path, *, public: bool, licence: str | None) -> None:
             remedy="mend README.md",
         ) from error
     if licence is not None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
-            raise PushError(
-                f"{licence!r} is no licence in the Hub's words", where="--license", remedy="such as apache-2.0 or other"
-            )
         card.data["license"] = licence
-    if public and not card.data.get("license"):
-        raise PushError(
-            "the card names no licence, and everybody will see the model",
-            where="README.md",
-            remedy="give --license, such as apache-2.0, or the recipe a card.license",
-        )
+    check_license(card.data.get("license"), public=public, where="README.md" if licence is None else "--license")
     if licence is not None or not path.exists():
         card.save(path)
 

@@ -1,11 +1,12 @@
-"""The whole way of a model, in minutes on a CPU: from text to a table of what pretraining was worth.
+"""The whole way of a model, in minutes on a CPU: from text to a table of labelled results.
 
     python recipes/end_to_end/end_to_end.py causal        # or masked; from a clone, with lmssl[finetune] installed
 
 Trains a tokenizer and a model on the documentation that every Python ships, evaluates it, exports it, pushes it to a
 stand-in for the Hub on this machine, downloads it from there, and fine-tunes what was downloaded, and the same
 architecture from random weights, to tell which package a docstring is from. Modules of the test rows are in no
-training row; the model has read all docstrings, without their labels. Every command is printed as it is run.
+training row, and no row names its package; the model has read all docstrings. Every command is printed as it is run.
+Pretraining is too short here to be worth much, and may do harm; benchmarks/bench_transfer.py measures its worth.
 """
 
 from __future__ import annotations
@@ -79,12 +80,19 @@ def recipe(objective: str, tiny: bool, work: Path) -> dict[str, Any]:
 
 
 def labelled(num_packages: int, num_rows: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Docstrings of the packages that have most of them; every third module of a package is for the test."""
+    """Docstrings of the packages that have most of them; every third module of a package is for the test.
+
+    A document begins with the name of what it describes, and so with that of its package: that line is left out, and
+    so are texts that name the package later.
+    """
     texts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in list_files():
         parts = Path(path).relative_to(library_folder()).parts
         if len(parts) > 1 and parts[0] != "pydoc_data":
-            texts[parts[0]]["/".join(parts)] += [item.text for item in read_docs(path) if isinstance(item, Record)]
+            bodies = (item.text.partition("\n")[2].strip() for item in read_docs(path) if isinstance(item, Record))
+            texts[parts[0]]["/".join(parts)] += [
+                body for body in bodies if len(body) > 60 and parts[0] not in body.lower()
+            ]
     counts = Counter({name: sum(map(len, modules.values())) for name, modules in texts.items() if len(modules) > 8})
     sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     draw = random.Random(1)

@@ -129,6 +129,17 @@ def test_averaged_and_rounded_weights_claim_no_results(facts: Facts, tmp_path: P
     assert "be_agree" not in card.text
 
 
+def test_results_of_the_moving_average_stand_on_its_own_card(facts: Facts, tmp_path: Path) -> None:
+    with (facts.run / "evaluations.jsonl").open("a") as file:
+        row = {"kind": "loss", "name": "of-averages", "step": facts.found.step, "metrics": {"loss": 2.5}}
+        file.write(lines({**row, "weights": "ema"}))
+    raw = card_of(facts, tmp_path / "raw")
+    averaged = card_of(Facts(facts.run, facts.found, 10, {**WEIGHTS, "ema": True}), tmp_path / "ema")
+    assert "of-averages" not in raw.text
+    assert [result.dataset_name for result in averaged.data.eval_results or []] == ["of-averages"]
+    assert "be_agree" not in averaged.text
+
+
 def test_what_is_unknown_is_not_invented(facts: Facts, tmp_path: Path) -> None:
     (facts.run / "sessions.jsonl").write_text(lines({**SESSION, "device": "cpu", "processes": 1}))
     for name in ("metrics.jsonl", "evaluations.jsonl"):

@@ -162,6 +162,33 @@ def test_a_run_is_asked_about_its_own_held_out_text(run: Path, capsys: pytest.Ca
     assert list(results.read_rows(run / results.FILE))[-1] == row
 
 
+ENCODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+OBJECTIVES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "span": ({"kind": "span"}, "t5-8k", {"kind": "t5", "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
+    "masked": ({"kind": "masked"}, "wordpiece-8k", {"kind": "bert", **ENCODER}),
+    "sentences": ({"kind": "masked", "sentence_task": "next"}, "wordpiece-8k", {"kind": "bert", **ENCODER}),
+    "hybrid": ({"kind": "hybrid"}, "wordpiece-8k", {"kind": "llama", **ENCODER}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_held_out_text_of_other_objectives(
+    name: str, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective, tokenizer, model = OBJECTIVES[name]
+    recipe = small_recipe(text_folder, tmp_path / "run", tmp_path / "cache", steps=2)
+    recipe |= {"objective": objective, "tokenizer": {"path": f"tokenizer/{tokenizer}"}, "model": model}
+    run = train(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)))
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    last = [line for line in metrics(run) if line["kind"] == "evaluate"][-1]
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-3)  # trained in bfloat16
+    assert found["num_targets"] == last["num_targets"]
+
+
 def test_a_run_and_its_export_give_the_same_numbers(
     run: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +206,29 @@ def test_a_run_and_its_export_give_the_same_numbers(
         assert mine["metrics"] == pytest.approx(other["metrics"], rel=1e-5)
     assert list(results.read_rows(run / results.FILE))[-3:] == ours
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", ours[0]["time"])
+
+
+def test_the_moving_average_of_a_run(
+    run: Path, suite: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe(text_folder, tmp_path / "run", tmp_path / "cache", steps=2)
+    recipe["train"]["ema_decay"] = 0.5
+    averaged = train(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)))
+    export_run(averaged, None, tmp_path / "export", lambda _line: None, ema=True)
+    rows = {}
+    for name, path, *more in (("raw", averaged), ("mean", averaged, "--ema"), ("export", tmp_path / "export")):
+        assert main(["eval", str(path), "--suite", str(suite), "--out", str(tmp_path / f"{name}.jsonl"), *more]) == 0
+        rows[name] = list(results.read_rows(tmp_path / f"{name}.jsonl"))
+    assert rows["mean"][0]["metrics"] == pytest.approx(rows["export"][0]["metrics"], rel=1e-5)
+    assert rows["mean"][0]["metrics"]["loss"] != pytest.approx(rows["raw"][0]["metrics"]["loss"], rel=1e-4)
+    assert [row.get("weights") for row in (rows["mean"][0], rows["raw"][0])] == ["ema", None]
+    assert main(["eval", str(averaged), "--ema"]) == 0
+    assert list(results.read_rows(averaged / results.FILE))[-1]["weights"] == "ema"
+    assert main(["generate", str(averaged), "The", "--ema", "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--ema"]) == 6
+    assert "kept no moving average" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "export"), "--ema", "--suite", str(suite)]) == 10
 
 
 def test_a_recipe_reads_texts_as_its_run(run: Path) -> None:

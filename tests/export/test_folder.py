@@ -130,12 +130,14 @@ def test_an_unwritable_place(run: Path, tmp_path: Path) -> None:
         export_run(run, None, tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize(("name", "says"), [("logits", "logits differ by 1"), ("loss", "its loss is")])
 def test_a_reload_that_differs_is_refused_and_leaves_nothing(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, says: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = verify.VERIFY.replace('"logits": logits', '"logits": logits + 1')
+    broken = verify.VERIFY.replace(f'"{name}": {name}', f'"{name}": {name} + 1')
+    assert broken != verify.VERIFY
     monkeypatch.setattr(verify, "VERIFY", broken)
-    with pytest.raises(ExportError, match="logits differ by 1"):
+    with pytest.raises(ExportError, match=says):
         export_run(run, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

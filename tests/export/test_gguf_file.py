@@ -6,39 +6,18 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from gguf_models import KINDS, model_of, tokenizer_of
 from lmssl.errors import ExportError
 from lmssl.export.gguf_file import check_gguf, verify_gguf, write_gguf
 from lmssl.export.weights import round_to
-from lmssl.tokenizer.load import Tokenizer, load_tokenizer
+from lmssl.tokenizer.load import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
-
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-KINDS: dict[str, dict[str, Any]] = {
-    "llama": SIZES | {"num_key_value_heads": 2, "rope_theta": 500000.0, "tie_word_embeddings": False},
-    "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-}
-
-
-def tokenizer_of(root: Path, name: str) -> Tokenizer:
-    return load_tokenizer(root / "tokenizer" / name)
-
-
-def model_of(kind: str, num_rows: int) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=num_rows, bos_token_id=0, eos_token_id=0, **KINDS[kind])
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():  # none at its initial value, or a swapped norm would not show
-            weight.add_(0.05 * torch.randn(weight.shape))
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,3 +84,39 @@ def test_what_is_refused_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match="takes the package gguf"):
         check_gguf(model_of("llama", 4160), tokenizer_of(root, "bpe-4k"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "found"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "runs llama with hidden_act: silu only"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function: gelu_new only"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: False only"),
+        ("qwen3", {"attention_bias": True}, "attention_bias: False only"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "of type linear"),
+    ],
+)
+def test_what_llama_cpp_has_built_in_otherwise(
+    kind: str, changes: dict[str, object], found: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, kind, {k: v for k, v in KINDS[kind].items() if k != "rope_theta"} | changes)
+    with pytest.raises(ExportError, match=found):
+        check_gguf(model_of(kind, 4160), tokenizer_of(root, "bpe-4k"))
+
+
+def test_a_tokenizer_that_adds_what_llama_cpp_cannot(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "tokenizer" / "bpe-4k", tmp_path / "own")
+    path = tmp_path / "own" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    token = {"SpecialToken": {"id": content["added_tokens"][0]["content"], "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    specials = {content["added_tokens"][0]["content"]: {"id": token["SpecialToken"]["id"], "ids": [0], "tokens": ["x"]}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, token, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": specials,
+    }
+    path.write_text(json.dumps(content))
+    with pytest.raises(ExportError, match="more around a text than bos and eos"):
+        check_gguf(model_of("llama", 4160), load_tokenizer(tmp_path / "own"))

@@ -63,6 +63,22 @@ def test_a_run_with_its_checkpoints(run: Path, tmp_path: Path) -> None:
         assert {name: len(hub.commits(REPO, name)) for name in hub.repositories[REPO].branches} == before
 
 
+def test_a_missing_licence_is_said_before_anything_is_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: object, **__: object) -> None:
+        raise AssertionError("exported")
+
+    monkeypatch.setattr("lmssl.export.export_run", export)
+    for words in ({"public": True}, {"public": True, "step": 2, "dry_run": True}):
+        with pytest.raises(PushError, match="names no licence"):
+            push(Push(run, REPO, **words), sleep=lambda _: None)
+    with pytest.raises(PushError, match="in the Hub's words"):
+        push(Push(run, REPO, licence="Apache 2.0"), sleep=lambda _: None)
+    with pytest.raises(AssertionError, match="exported"):
+        push(Push(run, REPO, public=True, licence="mit", dry_run=True), sleep=lambda _: None)
+
+
 def test_names_of_revisions(run: Path) -> None:
     assert revision_names(Push(run, REPO, revisions="step{step:06d}")) == {2: "step000002", 4: "step000004"}
     assert list(revision_names(Push(run, REPO, revisions="s{step}-{tokens}")).values()) == ["s2-2048", "s4-4096"]
