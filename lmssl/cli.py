@@ -42,6 +42,7 @@ Overrides = Annotated[
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL_OR_RUN", help="A transformers folder, or a run folder such as runs/gpt-10m.")
 ]
+Ema = Annotated[bool, typer.Option("--ema", help="Of a run, the moving average that train.ema_decay kept.")]
 
 
 def _version(asked: bool) -> None:
@@ -270,13 +271,14 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Add the results to this file, too, as JSON lines.")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward, padding included.")] = 8192,
     bf16: Annotated[bool, typer.Option("--bf16", help="Matrix products in bfloat16: faster, less exact.")] = False,
+    ema: Ema = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one result a line.")] = False,
 ) -> None:
     """Evaluate a model or run: loss, minimal pairs, multiple choice, lm-eval tasks, samples; results join the run."""
     from lmssl.evaluate.command import Order, evaluate_now
     from lmssl.train.launch import launched
 
-    order = Order(model, suite, step, out, batch_tokens, bf16)
+    order = Order(model, suite, step, out, batch_tokens, bf16, ema)
     with launched() as accelerator:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         evaluate_now(order, accelerator, time=now, as_json=as_json)
@@ -292,12 +294,13 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest tokens of this share.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=1, help="Candidates for each mask.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    ema: Ema = False,
 ) -> None:
     """Let a model continue a prompt, fill its masks, or fill T5's sentinels."""
     from lmssl.evaluate.generate import Sampling, look
     from lmssl.evaluate.subject import open_subject
 
-    subject = open_subject(model, step=step)
+    subject = open_subject(model, step=step, ema=ema)
     typer.echo(look(subject, prompt, Sampling(max_new_tokens, temperature, top_p, seed), top_k=top_k))
 
 

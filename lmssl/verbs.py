@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ def train(
     """Pretrain; the same command continues an interrupted run."""
     from lmssl.recipe.load import load_recipe
     from lmssl.shipped import find
-    from lmssl.train.launcher import Launcher
+    from lmssl.train.launcher import Launcher, same_on_all_ranks
 
     launcher = Launcher()
     given = overrides or []
@@ -51,7 +52,13 @@ def train(
 
         tokens = None if decay_tokens is None else int(decay_tokens)
         path = None if recipe is None else find(Path(recipe))
-        loaded = branch_recipe(from_checkpoint, recipe=path, overrides=given, decay_tokens=tokens)
+        loaded = branch_recipe(
+            from_checkpoint,
+            recipe=path,
+            overrides=given,
+            decay_tokens=tokens,
+            decide=lambda newest: same_on_all_ranks("step of --from-checkpoint", newest, os.environ),
+        )
     elif from_checkpoint is not None or decay or decay_tokens is not None:
         raise RecipeError(
             "--from-checkpoint and --decay belong together",

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-# House rules answer in seconds and explain most failures below them; unit tests follow; whole runs come last.
-ORDER = ("house", "", "recipes", "golden", "numerics", "faults", "packaging")
+# House rules answer in seconds and explain most failures below them; unit tests follow; whole runs come last. Files are
+# given out to workers in this order, so the longest ones (environments that are installed) stand before many shorter.
+ORDER = ("house", "", "recipes", "golden", "packaging", "faults", "numerics")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -115,6 +116,32 @@ class FaultyRun:
             except psutil.Error:
                 continue
         self.process.wait(30)
+
+
+@contextmanager
+def bad_text(positions: Collection[int]) -> Iterator[None]:
+    """The loss of a micro-batch that holds one of these positions is no number, in this process."""
+    import torch
+
+    from lmssl.objective.causal import CausalObjective
+
+    prepare, sums = CausalObjective.prepare, CausalObjective.sums
+
+    def marked(self: CausalObjective, batch: Any, *, evaluation: bool = False) -> Any:
+        micro = prepare(self, batch, evaluation=evaluation)
+        bad = not evaluation and not set(positions).isdisjoint(batch.positions_B.tolist())
+        micro.inputs["factor"] = torch.tensor(float("nan") if bad else 1.0)
+        return micro
+
+    def faulty(self: CausalObjective, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value * inputs["factor"] for name, value in sums(self, model, inputs).items()}
+
+    if positions:
+        CausalObjective.prepare, CausalObjective.sums = marked, faulty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CausalObjective.prepare, CausalObjective.sums = prepare, sums  # type: ignore[method-assign]
 
 
 @contextmanager

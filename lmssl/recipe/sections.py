@@ -13,6 +13,7 @@ from lmssl.recipe.card import CardSection
 from lmssl.recipe.checkpoint import CheckpointSection, checkpoint_problems
 from lmssl.recipe.data import DataSection, TokenizerSection, special_token_problems
 from lmssl.recipe.encoders import EncoderModel, T5Model, encoder_problems
+from lmssl.recipe.evaluate import EvaluateSection, evaluate_problems
 from lmssl.recipe.family import ModelBase
 from lmssl.recipe.guard import GuardSection
 from lmssl.recipe.model import Gpt2Model, LlamaModel, ModelSection, Qwen3Model, null_sizes
@@ -20,15 +21,6 @@ from lmssl.recipe.objective import AnyObjective, ReplacedObjective, data_default
 from lmssl.recipe.optim import AnyOptim, optim_problems
 from lmssl.recipe.schedule import AnySchedule, BranchSection, schedule_problems
 from lmssl.recipe.train import TrainSection
-
-
-class EvaluateSection(Section):
-    """When to evaluate on the validation split and on a suite; the start and the end always are."""
-
-    every_steps: Int | None = Field(default=None, ge=1)
-    """Null: only before the first and after the last step."""
-    suite: str | None = None
-    """A file of further evaluations as `lmssl eval --suite` reads it, but for `lm_eval` and `samples`; null: none."""
 
 
 class TrackSection(Section):
@@ -202,12 +194,7 @@ def _mixture_problems(recipe: Recipe) -> Iterator[str]:
             first = seen[corpus.name]
             yield f"data.mixture.{index}.name: {corpus.name} is also the name of data.mixture.{first}; choose another"
         seen.setdefault(corpus.name, index)
-    evaluate = recipe.evaluate
-    if recipe.data.validation is None and evaluate.suite is None and evaluate.every_steps is not None:
-        yield (
-            "evaluate.every_steps: there is nothing to evaluate on, because data.validation is null; "
-            "leave evaluate.every_steps out, or give data.validation or evaluate.suite"
-        )
+    yield from evaluate_problems(recipe.evaluate, has_validation=recipe.data.validation is not None)
 
 
 def _stage_problems(recipe: Recipe) -> Iterator[str]:

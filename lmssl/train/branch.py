@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lmssl import checkpoint
@@ -25,7 +25,12 @@ _DECAY_RATIO = 0.2
 
 
 def branch_recipe(
-    source: str, *, recipe: Path | None, overrides: Sequence[str] = (), decay_tokens: int | None = None
+    source: str,
+    *,
+    recipe: Path | None,
+    overrides: Sequence[str] = (),
+    decay_tokens: int | None = None,
+    decide: Callable[[Callable[[], str]], str] = lambda newest: newest(),
 ) -> Loaded:
     """The recipe of a run that decays from a checkpoint of another.
 
@@ -36,11 +41,14 @@ def branch_recipe(
         source: a run folder, with `@STEP` for a checkpoint other than the newest.
         recipe: what the other run was made by; None: the recipe in its folder.
         decay_tokens: length of the decay; None: the recipe's `decay_ratio` of the new run.
+        decide: given what finds the newest step, answers the same step on all ranks.
     Raises:
         LmsslError: no such checkpoint, no wsd or constant schedule, a rate that is not at its peak there, another
             recipe.
     """
     run, step = _parsed(source)
+    if step is None:
+        step = int(decide(lambda: str(checkpoint.find_step(run, None).step)))
     found = checkpoint.find_step(run, step)
     parent = load_recipe(found.path / "recipe.yaml").recipe
     given = load_recipe(recipe or found.path / "recipe.yaml", overrides).recipe

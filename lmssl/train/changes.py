@@ -16,6 +16,7 @@ from lmssl.errors import CheckpointError
 from lmssl.optim.schedule import lr_ratio
 from lmssl.recipe.load import difference, load_recipe
 from lmssl.recipe.objective import Masks
+from lmssl.recipe.schedule import WsdSchedule
 from lmssl.recipe.sections import Recipe
 from lmssl.train.console import Report
 
@@ -233,5 +234,15 @@ def _other_rates(old: Recipe, new: Recipe, newest: Checkpoint) -> CheckpointErro
         f"the run cannot be given another length or schedule:{lines}\n    {why}, and no checkpoint from before is kept",
         where=str(newest.path),
         remedy=f"begin a new run with these weights, a warmup and a schedule of its own: model.from={newest.path}; "
-        "constant, and wsd before its decay, can be extended; checkpoints from before the decay make wsd so at its end",
+        + _what_to_keep(old, step),
+    )
+
+
+def _what_to_keep(old: Recipe, step: int | None) -> str:
+    """Which checkpoint would have let the run go on, and how a later run keeps it."""
+    if not isinstance(old.schedule, WsdSchedule) or not step:
+        return "constant, and wsd before its decay, can be extended"
+    return (
+        f"a checkpoint of step {step} or before, which checkpoint.keep_last={old.checkpoint.keep_last} did not keep, "
+        "would have let it go on: in the next run set checkpoint.keep_every_steps, for those stay for ever"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import os
 import shutil
@@ -141,6 +142,8 @@ def set_determinism(recipe: Recipe, device: torch.device) -> None:
     """Bit-exact repeats where the recipe wants them; on CPU they cost nothing measurable."""
     wanted = recipe.train.deterministic
     enabled = device.type == "cpu" if wanted is None else wanted
+    if enabled and device.type == "cuda":  # torch refuses products without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
     # A debugging aid that costs a pass over memory; torch's stubs do not know the attribute.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -187,12 +190,25 @@ def can_compile() -> bool:
 
 def compile_module(module: nn.Module, mode: CompileMode) -> None:
     """Compile in place, so that parameter names stay those of the stock model."""
+    if torch.cuda.is_available():  # where the head's loss is compiled apart, at its first call
+        torch.compiler.set_stance("force_eager" if mode == "off" else "default")
     if mode == "model":
         module.compile(dynamic=False)
     elif mode == "layers":
         for stack in layer_stacks(module):
             for layer in stack:
                 layer.compile(dynamic=False)
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Leave all that exists by now out of garbage collection, whose pauses grow with what it has to look at."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 from lmssl.evaluate.loss import LossResult
 from lmssl.train.session import Session
 
+_SHOWN_CHARACTERS = 160
+
 
 def opening_lines(session: Session) -> list[str]:
     """What a person wants to know before the first step."""
@@ -51,20 +53,33 @@ def evaluation_row(results: dict[str, LossResult], sets: Collection[str]) -> dic
     return row
 
 
-def answer_line(row: dict[str, Any]) -> str:
-    """A suite's result for the console, with its first numbers.
+def answer_lines(row: dict[str, Any]) -> list[str]:
+    """A suite's result for the console, with its first numbers; of samples their texts, cut short.
 
-    >>> answer_line({"name": "blimp", "step": 500, "metrics": {"accuracy": 0.6123, "low": 0.6, "num_ties": 0}})
-    'blimp at step 500: accuracy 0.6123  low 0.6000'
+    >>> answer_lines({"name": "blimp", "step": 500, "metrics": {"accuracy": 0.6123, "low": 0.6, "num_ties": 0}})
+    ['blimp at step 500: accuracy 0.6123  low 0.6000']
+    >>> answer_lines({"name": "samples", "step": 500, "samples": [{"text": "The for" + chr(10) + "statement"}]})
+    ['sample at step 500: The for statement']
     """
+    if "samples" in row:
+        texts = ("".join(c if c.isprintable() else " " for c in sample["text"]) for sample in row["samples"])
+        cut = (f"{text[:_SHOWN_CHARACTERS]}..." if len(text) > _SHOWN_CHARACTERS else text for text in texts)
+        return [f"sample at step {row['step']}: {text}" for text in cut]
     numbers = [f"{key} {value:.4f}" for key, value in row["metrics"].items() if isinstance(value, float)]
-    return f"{row['name']} at step {row['step']}: " + "  ".join(numbers[:3])
+    return [f"{row['name']} at step {row['step']}: " + "  ".join(numbers[:3])]
+
+
+def tracked_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """The same for trackers: numbers, and texts under `sample/1` and so on."""
+    found: dict[str, Any] = {f"{row['name']}/{key}": value for key, value in row["metrics"].items()}
+    texts = {f"sample/{number}": sample["text"] for number, sample in enumerate(row.get("samples", ()), start=1)}
+    return found | texts | {"step": row["step"]}
 
 
 def answer_row(answer: dict[str, Any], *, tokens: int) -> dict[str, Any]:
     """A line of `evaluations.jsonl` as one of `metrics.jsonl`: the same for equal runs."""
     row = {"kind": "suite", "step": answer["step"], "tokens": tokens, "evaluation": answer["kind"]}
-    return row | {key: answer[key] for key in ("name", "metrics", "parts") if key in answer}
+    return row | {key: answer[key] for key in ("name", "metrics", "parts", "samples") if key in answer}
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from lmssl.train import phases as named
 from lmssl.train.agree import Agreement
 from lmssl.train.console import RunConsole
 from lmssl.train.guard import Limits, RollBack, limits
-from lmssl.train.lines import answer_line, answer_row, evaluation_line, evaluation_row
+from lmssl.train.lines import answer_lines, answer_row, evaluation_line, evaluation_row, tracked_answer
 from lmssl.train.metrics import MetricsLog, add_measured, interval_metrics
 from lmssl.train.phases import Phases
 from lmssl.train.session import Session
@@ -235,6 +235,7 @@ class Loop:
         guard, state = self.session.recipe.guard, self.session.state
         while len(self._pending) > keep:
             pending = self._pending.pop(0)
+            pending.measured.wait()
             loss, norm = float(pending.measured.loss.item()), float(pending.measured.grad_norm.item())
             made = add_measured(state.interval, pending.measured)
             spike = pending.limits.exceeded(loss, norm)
@@ -368,15 +369,15 @@ class Loop:
         self._write(row, tracked={f"validation_{k}": v for k, v in row.items()} | {"step": state.step})
 
     def _write_answers(self, answers: list[Row]) -> None:
-        """Lines of a suite, here and in `evaluations.jsonl`."""
+        """Lines of a suite and samples, here and in `evaluations.jsonl`."""
         session, state = self.session, self.session.state
         if self.log is not None:
             with suppress(EvaluationError):  # metrics.jsonl has them, too, and says where a disk is full
                 append_rows(session.run / EVALUATIONS, answers)
         for answer in answers:
-            self.console.note(answer_line(answer))
-            tracked = {f"{answer['name']}/{key}": value for key, value in answer["metrics"].items()}
-            self._write(answer_row(answer, tokens=state.tokens_seen), tracked=tracked | {"step": state.step})
+            for line in answer_lines(answer):
+                self.console.note(line)
+            self._write(answer_row(answer, tokens=state.tokens_seen), tracked=tracked_answer(answer))
 
     def _goes_on(self) -> bool:
         self._num_evaluated += 1

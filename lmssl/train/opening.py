@@ -22,6 +22,7 @@ from lmssl.data.ledger import Ledger
 from lmssl.data.order import kept_position, skipped_before
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import CheckpointError, TrainingError
+from lmssl.evaluate.samples import KINDS, prompted
 from lmssl.evaluate.subject import recipe_reader
 from lmssl.evaluate.suite import load_suite, prepare_suite
 from lmssl.model.build import build_recipe_model
@@ -50,10 +51,11 @@ from lmssl.train.launch import (
     open_accelerator,
     set_determinism,
 )
+from lmssl.train.launcher import same_on_all_ranks
 from lmssl.train.lock import RunLock, is_lock_file
-from lmssl.train.precision import LossScale, check_precision, use_fp8
+from lmssl.train.precision import LossScale, check_precision, require_float32, use_fp8
 from lmssl.train.saving import open_saver
-from lmssl.train.session import Asked, Session
+from lmssl.train.session import Asked, Samples, Session
 from lmssl.train.set_aside import SetAside
 from lmssl.train.state import TrainState
 from lmssl.train.zero import Zero
@@ -89,11 +91,11 @@ def open_session(
     config = recipe_config(recipe, tokenizer, saved=saved, choose=_chosen_step)
     # Before the text is opened, which may mean tokenizing some of it.
     objective = build_objective(recipe, tokenizer, num_positions=recipe.batches.num_positions)
-    suite = _open_suite(recipe, config, tokenizer)
+    asked = _open_asked(recipe, config, tokenizer)
     _apply_skip(state, recipe, found, report)
     stream = _open_stream(recipe, tokenizer, found, state, report)
     # The model exists before any backend does: a plugin that shards at construction would change its first weights.
-    model = build_recipe_model(recipe, config)
+    model = build_recipe_model(recipe, config, draw=found is None)
     begun_with = None if found is not None else begin(model, recipe, tokenizer, report, choose=_chosen_step)
     precision = recipe.train.precision
     core = LossModule(model, objective, bf16=precision in ("bf16", "fp8"), fp16=precision == "fp16")
@@ -115,18 +117,22 @@ def open_session(
         origin = found.path.parent.parent
         report(f"continuing {origin} from step {found.step}{'' if origin == run else f' in {run}'}")
     set_aside = SetAside(run, stream, _read_positions(state, recipe))
-    saver = open_saver(run, recipe, tokenizer, backend, report, step=state.step)
-    session = Session(recipe, run, config, stream, objective, backend, state, compiled, report, set_aside, saver, suite)
+    saver = open_saver(run, recipe, tokenizer, backend, report, step=state.step, begun_with=begun_with)
+    session = Session(recipe, run, config, stream, objective, backend, state, compiled, report, set_aside, saver, asked)
     _open_run_folder(session, tokenizer, continuation, begun_with, lock)
     return session
 
 
-def _open_suite(recipe: Recipe, config: PreTrainedConfig, tokenizer: Tokenizer) -> Asked | None:
-    """What the recipe asks the model beside its validation text; None: nothing."""
-    if recipe.evaluate.suite is None:
-        return None
-    evaluations = load_suite(find(recipe.evaluate.suite)).evaluations
-    return Asked(evaluations, prepare_suite(evaluations, recipe_reader(recipe, config, tokenizer)))
+def _open_asked(recipe: Recipe, config: PreTrainedConfig, tokenizer: Tokenizer) -> Asked:
+    """What the recipe asks the model beside its validation text."""
+    section, reader = recipe.evaluate, recipe_reader(recipe, config, tokenizer)
+    evaluations = () if section.suite is None else load_suite(find(section.suite)).evaluations
+    samples = None
+    if section.samples is not None:
+        kind = KINDS[recipe.objective.kind]
+        prompts = [prompted(kind, reader, prompt) for prompt in section.samples.prompts or ()]
+        samples = Samples(section.samples, kind, reader, prompts)
+    return Asked(evaluations, prepare_suite(evaluations, reader), samples)
 
 
 def _lock(lock: RunLock, run: Path, report: Report) -> None:
@@ -149,7 +155,8 @@ def _without_rolled_back(recipe: Recipe, state: TrainState) -> Recipe:
 def _chosen_step(path: Path) -> Path:
     """The checkpoint of another run that a model is continued from: its newest, or the one that is named."""
     if not (path / "manifest.json").is_file():
-        return checkpoint.find_step(path, None).path
+        newest = same_on_all_ranks(f"step of {path}", lambda: str(checkpoint.find_step(path, None).step), os.environ)
+        return checkpoint.find_step(path, int(newest)).path
     problem = checkpoint.validate(path)
     if problem is not None:
         raise CheckpointError(problem, where=str(path), remedy="name another checkpoint, or the run's folder")
@@ -202,6 +209,7 @@ def _open_backend(
         averages = None if backend.average is None else found.tensors("ema")
         weights, states = (found.tensors(group) for group in ("model", "optim"))
         backend.load(weights, states, averages, where=str(found.path))
+    require_float32(backend.held(), backend.optimizer)
     return backend
 
 
@@ -289,9 +297,7 @@ def _open_run_folder(
             # First the recipe, which makes it a run folder; a kill before leaves only what the next start overwrites.
             checkpoint.write_synced(run / ".tmp-recipe.yaml", resolved_yaml(session.recipe))
             (run / ".tmp-recipe.yaml").rename(run / "recipe.yaml")
-            if not (run / "tokenizer").exists():
-                shutil.copytree(tokenizer.path, run / ".tmp-tokenizer", dirs_exist_ok=True)
-                (run / ".tmp-tokenizer").rename(run / "tokenizer")
+            _keep_tokenizer(run / "tokenizer", tokenizer, begins=continuation.found is None)
             with (run / "sessions.jsonl").open("a", encoding="utf-8") as file:
                 about = _about(session) | ({} if begun_with is None else {"model_from": begun_with})
                 file.write(json.dumps(about) + "\n")
@@ -300,6 +306,16 @@ def _open_run_folder(
                 f"the run folder cannot be written: {error}", where=str(run), remedy="choose another out"
             ) from error
     accelerator.wait_for_everyone()
+
+
+def _keep_tokenizer(kept: Path, tokenizer: Tokenizer, *, begins: bool) -> None:
+    """A copy for what comes after training; one from a start that saved nothing may be of another tokenizer."""
+    if begins and kept.exists() and load_tokenizer(kept).fingerprint != tokenizer.fingerprint:
+        shutil.rmtree(kept)
+    if not kept.exists():
+        partial = kept.with_name(".tmp-tokenizer")
+        shutil.copytree(tokenizer.path, partial, dirs_exist_ok=True)
+        partial.rename(kept)
 
 
 def _about(session: Session) -> dict[str, object]:

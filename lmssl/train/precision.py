@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,26 @@ class LossScale:
         scale = torch.where(overflow > 0, self.scale / 2, torch.where(grows, self.scale * 2, self.scale))
         self.scale.copy_(scale.clamp(LEAST_SCALE, MOST_SCALE))
         self._good.copy_(torch.where(grows, torch.zeros_like(good), good))
+
+
+def require_float32(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Prove that weights, and what the optimiser holds of them and of their gradients, are float32.
+
+    Args:
+        weights: by name, as far as this rank holds them.
+    Raises:
+        TrainingError: one is not.
+    """
+    masters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    states = ((key, value) for state in optimizer.state.values() for key, value in state.items())
+    held = chain(weights.items(), (("a weight of the optimiser", master) for master in masters), states)
+    for name, value in held:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+            raise TrainingError(
+                f"{name} is of {str(value.dtype).removeprefix('torch.')}; weights and optimiser are trained in float32",
+                where="train.precision, and the launch file",
+                remedy="leave precision to the recipe: train.precision says how products are computed",
+            )
 
 
 def check_precision(precision: str, device: torch.device, backend: str) -> None:

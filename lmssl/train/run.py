@@ -18,7 +18,7 @@ from lmssl.recipe.load import Loaded, flat
 from lmssl.recipe.sections import Recipe
 from lmssl.train.console import RunConsole
 from lmssl.train.guard import RollBack
-from lmssl.train.launch import num_launched
+from lmssl.train.launch import frozen_objects, num_launched
 from lmssl.train.launcher import Launcher
 from lmssl.train.lines import closing_line, opening_lines
 from lmssl.train.lock import RunLock
@@ -122,7 +122,8 @@ class _Execution:
                 track=self.trackers.log,
                 elapsed_seconds=lambda: self.earlier_seconds + time.monotonic() - self.began,
             )
-            loop.run()
+            with frozen_objects():
+                loop.run()
         except Preempted:  # by all ranks; after any other error, ranks that waited for each other would hang
             session.backend.close()
             raise

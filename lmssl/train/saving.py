@@ -54,12 +54,20 @@ class GlooMeeting:
 
 
 def open_saver(
-    run: Path, recipe: Recipe, tokenizer: Tokenizer, backend: Backend, report: Report, *, step: int
+    run: Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    backend: Backend,
+    report: Report,
+    *,
+    step: int,
+    begun_with: str | None,
 ) -> checkpoint.Saver:
     """What saves the checkpoints of a run; every rank must call.
 
     Args:
         step: at which the run goes on.
+        begun_with: the model that it has begun with in this session; None: it has not.
 
     Raises:
         CheckpointError: the disk does not hold one checkpoint, or ranks go on from different ones.
@@ -70,6 +78,7 @@ def open_saver(
     meeting = GlooMeeting(num_ranks) if num_ranks > 1 else None
     if meeting is not None:
         require_one_step(meeting, step, run)
+        require_one_source(meeting, begun_with)
     saver = checkpoint.Saver(
         run,
         keep=keep,
@@ -111,3 +120,19 @@ def require_one_step(meeting: checkpoint.Meeting, step: int, run: Path) -> None:
             where=str(run),
             remedy="all processes must see one run folder, on one shared file system",
         )
+
+
+def require_one_source(meeting: checkpoint.Meeting, begun_with: str | None) -> None:
+    """Refuse to train where ranks began with different models, as the newest of a run that goes on.
+
+    Raises:
+        CheckpointError: names two of them.
+    """
+    sources = meeting.exchange(begun_with or "")
+    for rank, source in enumerate(sources):
+        if source != sources[0]:
+            raise CheckpointError(
+                f"ranks begin with different models (rank 0: {sources[0]}, rank {rank}: {source})",
+                where="model.from",
+                remedy="name one of them: model.from=RUN/checkpoints/step-N",
+            )

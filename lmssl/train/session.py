@@ -17,12 +17,16 @@ from lmssl.data.batch import training_batches, validation_batches
 from lmssl.data.stream import SequenceStream
 from lmssl.data.validation import ValidationSplit
 from lmssl.errors import LmsslError
+from lmssl.evaluate.generate import Sampling
 from lmssl.evaluate.loss import LossResult, evaluate_loss
 from lmssl.evaluate.questions import Question
+from lmssl.evaluate.reader import Reader
+from lmssl.evaluate.samples import Blank, Kind, held_out, samples_row, write_samples
 from lmssl.evaluate.suite import evaluate_suite, result_row
 from lmssl.model.rope import rope_theta, set_rope_theta
 from lmssl.objective.base import MicroBatch, Objective, SumObjective, Unpadded
 from lmssl.objective.module import LossModule
+from lmssl.recipe.evaluate import SamplesSection
 from lmssl.recipe.load import resolved_yaml
 from lmssl.recipe.sections import Recipe
 from lmssl.recipe.suite import AnyEvaluation
@@ -34,11 +38,27 @@ from lmssl.train.state import TrainState
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A suite, read and checked before the first step."""
+class Samples:
+    """Texts that the model is to write at each evaluation."""
 
-    evaluations: Sequence[AnyEvaluation]
-    questions: Sequence[Question]
+    section: SamplesSection
+    kind: Kind
+    reader: Reader
+    prompts: Sequence[Blank]
+    """Read and checked before the first step; none: held-out documents."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A suite and samples, read and checked before the first step."""
+
+    evaluations: Sequence[AnyEvaluation] = ()
+    questions: Sequence[Question] = ()
+    samples: Samples | None = None
+
+
+_NUM_HELD_OUT = 2
+"""Documents that are continued or filled where there are no prompts."""
 
 
 @dataclass
@@ -57,7 +77,7 @@ class Session:
     report: Report
     set_aside: SetAside
     saver: Saver
-    suite: Asked | None = None
+    asked: Asked = Asked()
     proven_shapes: set[tuple[torch.Size, ...]] = field(default_factory=set)
     """Of inputs on which the compiled step was compared with the plain one."""
 
@@ -132,20 +152,44 @@ class Session:
         return evaluate_loss(module, self.objective, splits, self.accelerator, apart=apart, go_on=go_on)
 
     def answers(self, go_on: Callable[[], bool], *, time: str) -> list[dict[str, Any]] | None:
-        """What the suite gives, as lines of `evaluations.jsonl`; every rank must call. None: after a no of `go_on`.
+        """What suite and samples give, as lines of `evaluations.jsonl`; every rank must call.
+
+        None: after a no of `go_on`.
 
         Args:
             time: of the evaluation, in UTC, ISO 8601.
         """
-        if self.suite is None:
+        asked = self._suite_answers(go_on, time)
+        written = None if asked is None else self._samples(go_on, time)
+        return None if asked is None or written is None else asked + written
+
+    def _samples(self, go_on: Callable[[], bool], time: str) -> list[dict[str, Any]] | None:
+        samples = self.asked.samples
+        if samples is None:
             return []
-        batch_tokens = self.recipe.train.micro_batch_sequences * self.recipe.data.sequence_length
-        found = evaluate_suite(
-            self.backend.evaluated, self.suite.questions, self.accelerator, batch_tokens=batch_tokens, go_on=go_on
+        section, kind, reader = samples.section, samples.kind, samples.reader
+        blanks = samples.prompts or held_out(
+            kind, reader, self.stream.validation(), count=_NUM_HELD_OUT, num_tokens=section.max_new_tokens
+        )
+        seed = (self.recipe.seed * 2_000_003 + self.state.step) % 2**63  # of nothing but the two
+        sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, seed)
+        found = write_samples(
+            self.backend.evaluated, kind, blanks, reader, self.accelerator, sampling=sampling, go_on=go_on
         )
         if found is None:
             return None
-        asked = zip(self.suite.evaluations, found, strict=True)
+        return [samples_row(found, section.model_dump(mode="json"), step=self.state.step, time=time)]
+
+    def _suite_answers(self, go_on: Callable[[], bool], time: str) -> list[dict[str, Any]] | None:
+        if not self.asked.evaluations:
+            return []
+        batch_tokens = self.recipe.train.micro_batch_sequences * self.recipe.data.sequence_length
+        found = evaluate_suite(
+            self.backend.evaluated, self.asked.questions, self.accelerator, batch_tokens=batch_tokens, go_on=go_on
+        )
+        if found is None:
+            return None
+        asked = zip(self.asked.evaluations, found, strict=True)
         return [result_row(evaluation, result, step=self.state.step, time=time) for evaluation, result in asked]
 
     def _validation_batches(self, split: ValidationSplit) -> Iterator[MicroBatch]:

@@ -26,7 +26,7 @@ _PARTS_OF_BYTES = 1024
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step measured; tensors stay on the device until the log reads them."""
+    """What a step measured, as tensors that the log reads later."""
 
     sums: dict[str, Tensor]
     """Summed loss of each term, and sum of each metric, over the whole batch, float32."""
@@ -44,6 +44,34 @@ class Measured:
     """Tokens of the whole batch that hold no text, int64."""
     overflow: Tensor | None = None
     """1.0 if gradients overflowed in float16, and nothing else was wrong; None: they are not scaled."""
+    copied: torch.cuda.Event | None = None
+    """When the numbers are there, in the queue of the device that made them; None: they are."""
+
+    def wait(self) -> None:
+        """Wait for the numbers, and for nothing that the device was given after them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def on_host(self) -> Measured:
+        """The same, on their way to the host where a GPU has them.
+
+        `item()` would queue its copy behind the next step and wait for that, too.
+        """
+        if self.loss.device.type != "cuda":
+            return self
+        found = [*self.sums.values(), *self.counts.values(), self.grad_norm, self.finite, self.loss]
+        found += [self.num_bytes, self.num_padding_tokens]
+        found += [] if self.overflow is None else [self.overflow]
+        made = torch.stack([value.detach().double() for value in found])
+        host = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        numbers = iter(host.unbind())
+        sums = {name: next(numbers) for name in self.sums}
+        counts = {name: next(numbers) for name in self.counts}
+        norm, finite, loss, num_bytes, num_padding, *overflow = numbers
+        found_overflow = overflow[0] if overflow else None
+        return Measured(sums, counts, norm, finite, loss, num_bytes, num_padding, found_overflow, copied)
 
 
 def train_step(
@@ -100,7 +128,7 @@ def train_step(
     if backend.average is not None:
         backend.average.update(finite, step=step)
     num_bytes, num_padding = totals[-2].double() / _PARTS_OF_BYTES, totals[-1]
-    return Measured(sums, counts, grad_norm, finite, loss, num_bytes, num_padding, overflow)
+    return Measured(sums, counts, grad_norm, finite, loss, num_bytes, num_padding, overflow).on_host()
 
 
 @dataclass(frozen=True)
@@ -133,7 +161,10 @@ def _global_totals(backend: Backend, micro_batches: Sequence[MicroBatch]) -> Ten
     local = [sum(m.counts[term] for m in micro_batches) for term in terms]
     local += [round(sum(m.num_bytes for m in micro_batches) * _PARTS_OF_BYTES)]
     local += [sum(m.num_padding_tokens for m in micro_batches)]
-    return backend.reduce(torch.tensor(local, dtype=torch.int64).to(backend.accelerator.device))
+    found, device = torch.tensor(local, dtype=torch.int64), backend.accelerator.device
+    if device.type == "cuda":  # from other memory a copy waits for all that the device was given
+        found = found.pin_memory()
+    return backend.reduce(found.to(device, non_blocking=True))
 
 
 def _sum_backward(
@@ -157,7 +188,7 @@ def _sum_backward(
             return None
         _seed_forward(seed, step, index, rank)
         last = index == len(micro_batches) - 1  # gradients are exchanged once a step
-        sums = backend.forward(_moved(micro, device), last=last)
+        sums = backend.forward(micro.on(device), last=last)
         parts = [weight * sums[term] / counts[term].clamp(min=1) for term, weight in objective.weights.items()]
         go_on.back(index, last=last)
         backend.backward(backend.scaled(torch.stack(parts).sum()), last=last)
@@ -181,7 +212,7 @@ def _embedding_backward(
     """
     accelerator = backend.accelerator
     rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    inputs = [_moved(micro, device) for micro in micro_batches]
+    inputs = [micro.on(device) for micro in micro_batches]
     rows = []
     with torch.no_grad():
         for index, part in enumerate(inputs):
@@ -213,7 +244,3 @@ def _embedding_backward(
 
 def _seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
     torch.manual_seed(zlib.crc32(f"{seed}/{step}/{micro_batch}/{rank}".encode()))
-
-
-def _moved(micro: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in micro.inputs.items()}

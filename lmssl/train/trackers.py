@@ -15,6 +15,8 @@ from lmssl.train.console import Report
 
 _WAITING_ROWS = 1000
 _FAREWELL_SECONDS = 20.0
+_TAKE_TEXTS = ("tensorboard", "wandb")
+"""Trackers that show a text as one."""
 
 
 class Trackers:
@@ -54,11 +56,12 @@ class Trackers:
             self._warn("it does not answer; what it has not taken yet is in metrics.jsonl")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Hand over the numbers of a line of metrics."""
+        """Hand over the numbers of a line of metrics, and the texts of samples."""
         if self._thread is None:
             return
+        texts = {name: value for name, value in row.items() if isinstance(value, str) and name.startswith("sample/")}
         try:
-            self._rows.put_nowait(flat_numbers(row))
+            self._rows.put_nowait(flat_numbers(row) | texts)
         except queue.Full:
             self._warn("it is too slow; lines are left out, and are in metrics.jsonl")
 
@@ -73,7 +76,11 @@ class Trackers:
             return
         while (row := self._rows.get()) is not None:
             try:
+                texts = {name: row.pop(name) for name in list(row) if isinstance(row[name], str)}
                 self._accelerator.log(row, step=row["step"])
+                for tracker in self._accelerator.trackers if texts else ():
+                    if tracker.name in _TAKE_TEXTS:
+                        tracker.log(texts, step=row["step"])
             except Exception as error:
                 self._warn(str(error) or repr(error))
         for tracker in self._accelerator.trackers:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lmssl.errors import CheckpointError, TrainingError
 from lmssl.objective.module import LossModule
@@ -45,6 +46,9 @@ class Zero(Backend):
         super().__init__(core, engine, accelerator, engine.optimizer.optimizer)
         self._engine: Any = engine
         self._zero: Any = engine.optimizer
+        # accelerate has told transformers of stage 3, which would divide the model of a session that follows (one that
+        # goes back to an earlier checkpoint) while it is built, and draw other weights.
+        unset_hf_deepspeed_config()
 
     @property
     def name(self) -> str:
@@ -250,7 +254,7 @@ def engine_config(launch: Mapping[str, Any]) -> dict[str, Any]:
         TrainingError: it says what recipes say.
 
     >>> engine_config({"zero_optimization": {"stage": 2}, "fp16": {"enabled": False}})["zero_optimization"]
-    {'stage': 2}
+    {'stage': 2, 'use_multi_rank_bucket_allreduce': False}
     """
     problems = [
         f"{key}: {launch[key]}; {why}" for key, ours, why in _OURS if launch.get(key, ours) not in (ours, "auto")
@@ -273,6 +277,8 @@ def engine_config(launch: Mapping[str, Any]) -> dict[str, Any]:
             zero.pop(part, None)
         elif zero[part]["device"] == "nvme":
             problems.append(f"{part}_device: nvme; use cpu")
+    if zero.get("stage") in (1, 2):  # else every rank is sent the whole sums, and throws away what it does not own
+        zero.setdefault("use_multi_rank_bucket_allreduce", False)
     if problems:
         raise TrainingError(
             "the launch file's DeepSpeed configuration says what this trainer does itself:"

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from lmssl import checkpoint
 from lmssl.recipe.load import load_recipe
 from lmssl.train import trackers
+from lmssl.train.lines import tracked_answer
 from lmssl.train.run import train
 from lmssl.train.trackers import Trackers
 from runs import metrics, small_recipe, write_recipe
@@ -63,11 +64,20 @@ def test_a_tracker_that_does_not_answer_costs_seconds_at_the_end(
     tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, **__: released.wait(600))
+
+    def begin(*_: Any, **__: Any) -> None:
+        released.wait(600)
+        raise ConnectionError("so late that nobody listens")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", begin)
     monkeypatch.setattr(trackers, "_FAREWELL_SECONDS", 0.5)
     monkeypatch.setattr(trackers, "_WAITING_ROWS", 2)
     run(tmp_path, text_folder)
     released.set()
+    for thread in threading.enumerate():  # or it would meet what the next test puts in its place
+        if thread.name == "trackers":
+            thread.join(60)
+            assert not thread.is_alive()
     (line,) = warnings_in(capsys.readouterr().out)
     assert "too slow" in line
 
@@ -95,6 +105,35 @@ def test_what_waits_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent == [(step, {"step": step, "time/seconds": 2.0}) for step in (1, 2)]
     assert threads == {"trackers"}
     assert said == []
+
+
+def test_texts_go_to_trackers_that_show_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each to its own; numbers go to all, and a text is no number."""
+    sent: dict[str, list[Any]] = {"all": [], "tensorboard": [], "mlflow": []}
+
+    class Tracker:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def log(self, row: dict[str, Any], step: int) -> None:
+            sent[self.name].append((step, row))
+
+        def finish(self) -> None:
+            return
+
+    def begin(self: Accelerator, name: str, config: dict[str, Any]) -> None:
+        self.trackers = [Tracker("tensorboard"), Tracker("mlflow")]
+
+    monkeypatch.setattr(Accelerator, "init_trackers", begin)
+    monkeypatch.setattr(Accelerator, "log", lambda self, row, step: sent["all"].append((step, row)))
+    said: list[str] = []
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir="unused")
+    with Trackers(accelerator, ["tensorboard"], "name", {}, said.append) as found:
+        found.log(tracked_answer({"name": "samples", "step": 3, "metrics": {}, "samples": [{"text": "The end"}]}))
+        found.log(tracked_answer({"name": "blimp", "step": 3, "metrics": {"accuracy": 0.5}}))
+    assert sent["all"] == [(3, {"step": 3}), (3, {"step": 3, "blimp/accuracy": 0.5})]
+    assert sent["tensorboard"] == [(3, {"sample/1": "The end"})]
+    assert sent["mlflow"] == said == []
 
 
 def test_a_tracker_that_accelerate_drops_is_said() -> None:

@@ -2,8 +2,10 @@
 
 `torchrun segments.py PLAN`, where PLAN is a JSON file: a list of `{"backend": .., "recipe": PATH}`. Every run is opened
 and closed as by itself; what is shared is the start of Python, which takes longer than the steps of a small model. With
-`"exact": true` nothing is trained: what the backend would save is compared with what it has loaded. With
-`"disturb": true` the first step is preceded by one that is dropped half way, and by one whose update is not made.
+`"exact": true` nothing is trained: what the backend would save is compared with what it has loaded. With `"hash": PATH`
+nothing is trained either: the hash of all weights as opened is written there. With `"disturb": true` the first step is
+preceded by one that is dropped half way, and by one whose update is not made. `"bad": [p, ..]` are positions with whose
+text a loss is no number.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 
+from faulty_runs import bad_text
+from launched_runs import weights_hash
 from lmssl import checkpoint
 from lmssl.objective.base import MicroBatch
 from lmssl.recipe.load import load_recipe
@@ -109,7 +113,9 @@ def _loss(backend: Backend, inputs: dict[str, torch.Tensor], *, last: bool) -> t
     return next(iter(backend.forward(inputs, last=last).values()))
 
 
-def run_segment(backend: str, recipe: Path, *, exact: bool, disturb: bool) -> None:
+def run_segment(
+    backend: str, recipe: Path, *, exact: bool = False, hash: str = "", disturb: bool = False, bad: Sequence[int] = ()
+) -> None:
     """Train one run to its end, or compare what it loads, as a fresh launch would."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -120,8 +126,11 @@ def run_segment(backend: str, recipe: Path, *, exact: bool, disturb: bool) -> No
             pretend_devices()
         if exact:
             compare(recipe)
+        elif hash:
+            found = weights_hash(recipe)
+            Path(f"{hash}-{os.environ['RANK']}").write_text(found, encoding="utf-8")
         else:
-            with disturbed() if disturb else nullcontext():
+            with disturbed() if disturb else nullcontext(), bad_text(bad):
                 train(load_recipe(recipe))
     finally:
         os.environ.clear()
@@ -132,9 +141,6 @@ if __name__ == "__main__":
     # A run ends the processes' connections; a second start through the same launcher would find the old addresses.
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
     for segment in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        run_segment(
-            segment["backend"],
-            Path(segment["recipe"]),
-            **{name: segment.get(name, False) for name in ("exact", "disturb")},
-        )
+        options = {name: value for name, value in segment.items() if name not in ("backend", "recipe")}
+        run_segment(segment["backend"], Path(segment["recipe"]), **options)
         print(f"{segment['recipe']}: done under {segment['backend']}", flush=True)

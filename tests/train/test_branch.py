@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faulty_runs import faulty_run
 from lmssl import checkpoint
 from lmssl.cli import main
 from lmssl.errors import LmsslError
@@ -127,6 +129,40 @@ def test_what_cannot_be_branched_off(trunk: Path, step: str, overrides: list[str
     with pytest.raises(LmsslError, match=what) as caught:
         branch_recipe(f"{trunk}{step}", recipe=None, overrides=overrides, decay_tokens=STEP)
     assert remedy in str(caught.value.remedy)
+
+
+def test_without_a_step_all_ranks_take_the_one_that_is_decided(trunk: Path) -> None:
+    """Whatever is the newest when this rank looks."""
+    asked: list[str] = []
+
+    def decide(newest: Callable[[], str]) -> str:
+        asked.append(newest())
+        return "4"
+
+    recipe = branch_recipe(str(trunk), recipe=None, decide=decide).recipe
+    assert recipe.branch is not None
+    assert (asked, recipe.branch.step) == (["8"], 4)
+    assert branch_recipe(f"{trunk}@3", recipe=None, decide=decide).recipe.name.startswith("small-step-3")
+    assert asked == ["8"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_begin_at_one_step_of_a_run_that_goes_on(trunk: Path, tmp_path: Path) -> None:
+    """Rank 1 looks first and finds an older checkpoint; both take the one that rank 0 finds."""
+    fault = f"""
+sys.argv[1:] = ["train", "--from-checkpoint", {str(trunk)!r}, "--decay", "--decay-tokens", "2048"]
+from lmssl import checkpoint
+find = checkpoint.find_step
+checkpoint.find_step = lambda run, step: find(run, (5, 4)[RANK] if step is None else step)
+"""
+    with faulty_run(tmp_path, trunk.parent / "recipe.yaml", fault, launcher="torchrun") as found:
+        assert found.end() == 0, found.output
+    run = trunk.parent / "trunk-step-5-decay-2048"
+    recipe = load_recipe(run / "recipe.yaml").recipe
+    assert recipe.branch is not None and recipe.branch.step == 5
+    assert list(rows(run, "loss")) == [6, 7]
+    assert not (trunk.parent / "trunk-step-4-decay-2048").exists()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -104,6 +104,19 @@ def test_a_cosine_run_cannot_be_extended(tmp_path: Path, text_folder: Path) -> N
     assert sorted(path.rglob("*")) == before
 
 
+def test_a_wsd_run_whose_stable_checkpoints_were_pruned_says_what_to_keep(tmp_path: Path, text_folder: Path) -> None:
+    change = {"schedule": HALF, "checkpoint": {"every_steps": 1, "keep_last": 2}}
+    path = run(tmp_path, text_folder, "run", steps=8, **change)
+    before = sorted(path.rglob("*"))
+    with pytest.raises(CheckpointError) as caught:
+        run(tmp_path, text_folder, "run", steps=16, **change)
+    assert "and no checkpoint from before is kept" in caught.value.what
+    remedy = str(caught.value.remedy)
+    assert "a checkpoint of step 5 or before, which checkpoint.keep_last=2 did not keep" in remedy
+    assert "checkpoint.keep_every_steps" in remedy and f"model.from={path}" in remedy
+    assert sorted(path.rglob("*")) == before
+
+
 def test_the_rate_of_masks_must_not_have_begun_to_change(tmp_path: Path, text_folder: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     change = {

@@ -13,7 +13,7 @@ from lmssl import checkpoint
 from lmssl.errors import TrainingError
 from lmssl.recipe.load import load_recipe
 from lmssl.train import precision
-from lmssl.train.precision import LossScale, check_precision
+from lmssl.train.precision import LossScale, check_precision, require_float32
 from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
 
@@ -139,3 +139,19 @@ def test_on_a_gpu_it_learns_as_bfloat16_does(tmp_path: Path, text_folder: Path, 
         name: losses(run(tmp_path, text_folder, name, steps=20, **{"train.precision": name})) for name in (kind, "bf16")
     }
     assert found[kind] == pytest.approx(found["bf16"], rel=0.03)
+
+
+def test_weights_masters_and_states_must_be_float32() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    require_float32(dict(model.named_parameters()), optimizer)
+    half = torch.nn.Linear(2, 2).bfloat16()
+    with pytest.raises(TrainingError, match="^weight is of bfloat16"):
+        require_float32(dict(half.named_parameters()), optimizer)
+    with pytest.raises(TrainingError, match="^a weight of the optimiser is of bfloat16"):
+        require_float32(dict(model.named_parameters()), torch.optim.AdamW(half.parameters()))
+    optimizer.state[model.weight]["exp_avg"] = torch.zeros(2, 2, dtype=torch.float16)
+    with pytest.raises(TrainingError, match="^exp_avg is of float16"):
+        require_float32(dict(model.named_parameters()), optimizer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,25 @@ def test_a_failing_tracker_does_not_stop_training(
     out = run(tmp_path, text_folder, steps=2, **{"track.with": ["tensorboard"]})
     assert checkpoint.find_step(out, None).step == 2
     assert "server is gone" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_changed_is_refused_or_kept_anew(tmp_path: Path, text_folder: Path, root: Path) -> None:
+    """Where steps were saved it is refused; where none were, the run's copy is that of the tokenizer it trains with."""
+    folder = shutil.copytree(root / "tokenizer" / "bpe-4k", tmp_path / "tokenizer")
+
+    def change() -> None:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["model"]["merges"] = content["model"]["merges"][:-1]
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+    recipe = small_recipe(text_folder, tmp_path / "run", tmp_path / "cache", **{"tokenizer.path": str(folder)})
+    loaded = load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe))
+    out = train(loaded)
+    shutil.rmtree(out / "checkpoints")
+    change()
+    train(loaded)
+    assert (out / "tokenizer" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    change()
+    with pytest.raises(LmsslError, match="the tokenizer"):
+        train(loaded)

@@ -14,7 +14,7 @@ from lmssl.errors import CheckpointError
 from lmssl.recipe.load import load_recipe
 from lmssl.tokenizer.load import load_tokenizer
 from lmssl.train.run import train
-from lmssl.train.saving import require_one_step
+from lmssl.train.saving import require_one_source, require_one_step
 from runs import metrics, small_recipe, write_recipe
 
 
@@ -79,3 +79,6 @@ def test_ranks_that_found_different_checkpoints_do_not_train(tmp_path: Path) -> 
     require_one_step(Meeting(), 4, tmp_path)
     with pytest.raises(CheckpointError, match=r"different steps \(rank 0: 4, rank 1: 0\)"):
         require_one_step(Meeting(), 0, tmp_path)
+    require_one_source(Meeting(), "4")
+    with pytest.raises(CheckpointError, match=r"different models \(rank 0: 4, rank 1: runs/a/checkpoints/step-5\)"):
+        require_one_source(Meeting(), "runs/a/checkpoints/step-5")
