@@ -1,7 +1,8 @@
 # make demo    train a small model on the text every Python ships, end to end
 # make test    the quick tests            make test-all   the slow ones
-# make lint    ruff and mypy              make bench      speed of training on this machine
+# make lint    ruff and mypy              make bench-cpu  speed beside others, hours; BENCH=--tiny tries it, minutes
 # make torture kill a run at 20 random moments and compare
+# make bench-gpu  what a card can tell, in one call of 10 minutes
 # make clean   remove the environment and everything built
 #
 # PYTHON=python3.12 picks the interpreter, VENV=path the environment, JOBS=4 how many tests run at once.
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+BENCH ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lmssl-installed
 EXTRAS := fast,dev
@@ -18,7 +20,7 @@ PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c con
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test test-all bench torture clean
+.PHONY: help install demo lint test test-all bench-cpu bench-gpu torture clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -46,11 +48,25 @@ lint: install
 test: install
 	"$(BIN)/python" -m pytest -m "not slow" -n $(JOBS) --dist loadfile --durations=10
 
+# In the order of tests/conftest.py: by itself xdist begins with the files of most tests, and the longest have few.
 test-all: install
-	"$(BIN)/python" -m pytest -m slow -n $(JOBS) --dist loadfile --durations=10
+	"$(BIN)/python" -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
-bench: install
-	"$(BIN)/python" benchmarks/bench_train.py
+# Peers are installed into .venvs/peers-train by the first that needs them.
+# On a machine with a card, with the Python that holds its torch: nothing is installed into it.
+bench-gpu:
+	bash benchmarks/gpu.sh $(BENCH)
+	"$(PYTHON)" benchmarks/report.py || echo "make the report where scipy is installed: python benchmarks/report.py"
+
+bench-cpu: install
+	"$(BIN)/python" benchmarks/bench_train.py $(BENCH)
+	"$(BIN)/python" benchmarks/bench_train.py --objective masked --length 128 --rows 32 $(BENCH)
+	"$(BIN)/python" benchmarks/bench_limit.py $(BENCH)
+	"$(BIN)/python" benchmarks/bench_limit.py --objective masked --length 128 --rows 32 $(BENCH)
+	"$(BIN)/python" benchmarks/bench_memory.py $(BENCH)
+	"$(BIN)/python" benchmarks/bench_scaling.py $(BENCH)
+	"$(BIN)/python" benchmarks/bench_time_to_loss.py $(BENCH)
+	"$(BIN)/python" benchmarks/report.py
 
 torture: install
 	"$(BIN)/python" tests/torture.py --kills 20

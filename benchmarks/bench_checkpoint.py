@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="Small model, to try the benchmark itself.")
     parser.add_argument("--out", type=Path, default=HERE / "results/checkpoint.jsonl")
     args = parser.parse_args()
-    from bench_train import machine
+    from record import machine
 
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch).resolve()

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from bench_train import machine
+from environment import peers_python
+from record import machine
 
 HERE = Path(__file__).parent
 OURS = {
@@ -165,19 +166,6 @@ def raw(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def complain(line: str) -> None:
     """What the library reports goes to stderr."""
     print(line, file=sys.stderr)
-
-
-def peers_python() -> Path:
-    """Python of the peers' environment, made on the first call."""
-    folder = HERE.parent / ".venvs" / "peers"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        install = [str(python), "-m", "pip", "install", "-q", "-c", str(HERE.parent / "constraints.txt")]
-        subprocess.run([*install, "-r", str(HERE / "peers" / "requirements.txt")], check=True)
-        # These ask for older torch, numpy or transformers than their code needs.
-        subprocess.run([*install, "--no-deps", "-r", str(HERE / "peers" / "requirements-alone.txt")], check=True)
-    return python
 
 
 def run(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

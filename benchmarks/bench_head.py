@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_train import HERE, machine, masked_model
+from entrants import masked_model
+from record import HERE, machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 

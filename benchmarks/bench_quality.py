@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_train import HERE, machine, prepare, run
+from entrants import prepare
+from environment import peers_python
+from record import HERE, machine, run
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 HELD_OUT_EVERY = 20
@@ -77,7 +79,7 @@ def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace) -> tup
 def theirs(folder: Path, args: argparse.Namespace, seconds: float, lr: float) -> tuple[Path, float]:
     """Train by Trainer for about so many seconds of steps; returns the export and the seconds it took."""
     out = folder / f"theirs-{lr}"
-    command = [sys.executable, str(HERE / "peers/trainer.py"), "masked", str(folder / "model")]
+    command = [str(peers_python("train")), str(HERE / "peers/trainer.py"), "masked", str(folder / "model")]
     command += [str(folder / "text.jsonl"), "--sequence-length", str(args.length), "--rows", str(args.rows)]
     command += ["--rate", str(RATE), "--lr", str(lr)]
     trial = json.loads(run([*command, "--steps", "6"]).strip().splitlines()[-1])

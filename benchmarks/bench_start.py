@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from record import machine
+
 HERE = Path(__file__).parent
 SEED = 1
 MAX_DOCUMENT_BYTES, FILE_BYTES = 10**6, 64 * 10**6
@@ -189,8 +191,6 @@ def main() -> None:
         folder = Path(scratch)
         num_bytes = write_text(args.text, args.pattern, folder / "large", folder / "small")
         rows = measure(args, folder)
-        from bench_train import machine  # imports torch
-
         record = {
             "benchmark": "start",
             "date": datetime.date.today().isoformat(),

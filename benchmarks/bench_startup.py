@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench_train import HERE, machine
+from record import HERE, machine
 
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],

@@ -10,48 +10,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
+import speed_tables
+from cells import spread, where
 from scipy import stats
 
 HERE = Path(__file__).parent
-
-
-def spread(values: list[float], form: str) -> str:
-    """Median with minimum and maximum."""
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:{form}} ({low:{form}}-{high:{form}})"
-
-
-def where(record: dict[str, Any]) -> str:
-    """One line about date, machine and command."""
-    machine = record["machine"]
-    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "transformers", "accelerate", "tokenizers"))
-    return (
-        f"{record['date']}; {machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, {versions}.\n"
-        f"Reproduce: `{record['command']}`\n"
-    )
-
-
-def train(record: dict[str, Any]) -> str:
-    """Training rates, median over rounds with the range; the ratio is taken round by round."""
-    model = record["model"]
-    rate = record.get("rate")
-    masked = "" if rate is None else f", {rate:.0%} of them masked"
-    shape = f"{model['num_hidden_layers']} layers of {model['hidden_size']}, vocabulary {model['vocab_size']:,}"
-    batch = f"{record['rows']} sequences of {record['sequence_length']} tokens a step"
-    lines = [
-        f"## Training, {'causal' if rate is None else 'masked'}, CPU\n",
-        f"{model['kind']}, {shape}; {batch}{masked}; {record['steps']} steps, "
-        f"the first {record['warmup']} not counted; same text (python_docs), tokenizer and threads, processes in "
-        "turn.\n",
-        "| entrant | tokens/s | ratio | seconds to the first step's end |",
-        "| --- | --- | --- | --- |",
-    ]
-    for entrant in record["entrants"]:
-        lines.append(
-            f"| {entrant['name']} | {spread(entrant['tokens_per_second'], ',.0f')} "
-            f"| {spread(entrant['ratio_to_defaults'], '.2f')} | {spread(entrant['first_step_seconds'], '.1f')} |"
-        )
-    return "\n".join([*lines, "", where(record)])
 
 
 def startup(record: dict[str, Any]) -> str:
@@ -221,7 +185,11 @@ def checkpoint(record: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "train": train,
+    "train": speed_tables.train,
+    "limit": speed_tables.limit,
+    "memory": speed_tables.memory,
+    "time_to_loss": speed_tables.time_to_loss,
+    "scaling": speed_tables.scaling,
     "startup": startup,
     "data": data,
     "start": start,
@@ -236,12 +204,15 @@ def main() -> None:
     """Write the newest record of every benchmark as a table."""
     newest: dict[str, dict[str, Any]] = {}
     transfers: dict[str, list[dict[str, Any]]] = {}
+    on_gpu: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((HERE / "results").glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if record["benchmark"] == "optim" and record["kind"] == "run":
                 continue
-            if record["benchmark"] == "transfer":
+            if record["benchmark"].startswith("gpu, "):
+                on_gpu.setdefault(record["benchmark"].removeprefix("gpu, "), []).append(record)
+            elif record["benchmark"] == "transfer":
                 transfers.setdefault(record["objective"], []).append(record)
             else:
                 newest[record["benchmark"]] = record
@@ -251,6 +222,7 @@ def main() -> None:
     )
     tables = [TABLES[name.partition(",")[0]](record) for name, record in newest.items()]
     tables += [transfer(records) for records in transfers.values()]
+    tables += gpu_tables.tables(on_gpu)
     (HERE / "REPORT.md").write_text("\n".join([head, *tables]), encoding="utf-8")
 
 

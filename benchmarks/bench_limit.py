@@ -1,0 +1,226 @@
+"""A training step against its own matrix products: how near it comes to a machine that does nothing else.
+
+    python benchmarks/bench_limit.py [--objective causal|masked] [--repeats 3] [--tiny]
+
+The products are written down while one step of the plain model runs: every multiplication in bfloat16 with its shapes
+and strides, forward and both backward ones, the head's at targets included, in the step's order. Then they are run
+alone, one after the other, on operands that exist already and into results that exist already. A second time each runs
+with operands laid out in the way that is fastest for it. Attention's products (causal: over four blocks of queries, as
+the compiled step has them) are timed apart. Limit and step are processes of their own, A B A B. The share is
+seconds of all products / seconds of a step of `lmssl train`. Results are appended to benchmarks/results/limit.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from entrants import MODELS, ours, prepare, recipe_of
+from record import inner, place, without_compiling, write
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmssl.model.attention import LOOP_FROM_TOKENS
+from lmssl.model.products import _blocks
+from lmssl.objective.base import SumObjective
+from lmssl.recipe.load import load_recipe
+from lmssl.recipe.sections import Recipe
+from lmssl.train.lock import RunLock
+from lmssl.train.opening import open_session
+
+Operand = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides."""
+Product = tuple[Operand, Operand]
+
+
+class Products(TorchDispatchMode):
+    """Writes down every product in bfloat16 that is made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Product] = []
+        self.attention: list[tuple[int, ...]] = []
+        """Shapes of queries, one of each layer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = str(func)
+        if kind.startswith("aten._scaled_dot_product") and "backward" not in kind:
+            self.attention.append(tuple(args[0].shape))
+        if kind == "lmssl.plus_product.default":  # turns its left side first, and is under autocast itself
+            self.weights.append((_operand(args[1].t().contiguous()), _operand(args[2])))
+        pair = args[:2] if kind == "aten.mm.default" else args[1:3] if kind == "aten.addmm.default" else ()
+        if pair and pair[0].dtype == torch.bfloat16:
+            self.weights.append((_operand(pair[0]), _operand(pair[1])))
+        return func(*args, **(kwargs or {}))
+
+
+def _operand(tensor: Tensor) -> Operand:
+    return tuple(tensor.shape), tuple(tensor.stride())
+
+
+def first_step(recipe: Recipe) -> Products:
+    """What the plain model multiplies in the first step of a recipe."""
+    lock = RunLock(Path(recipe.out_path))
+    session = open_session(recipe, lambda text: print(text, file=sys.stderr), lock=lock)
+    objective = session.objective
+    assert isinstance(objective, SumObjective)
+    with closing(session.batches()) as batches, Products() as products:
+        for micro in next(batches):
+            sums = session.core(dict(micro.inputs))
+            torch.stack([sums[term] for term in objective.weights]).sum().backward()
+    session.saver.close()
+    session.backend.close()
+    lock.release()
+    return products
+
+
+def filled(operand: Operand) -> Tensor:
+    """An operand with numbers in it, as rows or as columns."""
+    (rows, columns), (first, second) = operand
+    if first == 1 and second > 1:
+        return torch.randn(columns, rows).to(torch.bfloat16).t()
+    return torch.randn(rows, columns).to(torch.bfloat16)
+
+
+def calls(products: list[Product]) -> list[Callable[[], Any]]:
+    """Each product on tensors of its own."""
+    made = []
+    for left, right in products:
+        a, b = filled(left), filled(right)
+        out = torch.empty(left[0][0], right[0][1], dtype=torch.bfloat16)
+        made.append(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+    return made
+
+
+def fastest(products: list[Product], times: int) -> list[Product]:
+    """The same products with each operand as rows or as columns, whichever pair is fastest for its shape."""
+    chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], Product] = {}
+    for (left, _), (right, _) in products:
+        if (left, right) in chosen:
+            continue
+        found = []
+        for a in ((left, (left[1], 1)), (left, (1, left[0]))):
+            for b in ((right, (right[1], 1)), (right, (1, right[0]))):
+                found.append((seconds(calls([(a, b)]), times), (a, b)))
+        chosen[left, right] = min(found)[1]
+    return [chosen[left[0], right[0]] for left, right in products]
+
+
+def attention_calls(shapes: list[tuple[int, ...]], causal: bool) -> list[Callable[[], Any]]:
+    """Two products forward and five backward (scores are made again), block by block."""
+    made: list[Callable[[], Any]] = []
+    for rows, heads, length, head in shapes:
+        for start, end, seen in _blocks(length, length, causal):
+            narrow, wide = (rows * heads, end - start, head), (rows * heads, seen, head)
+            q, g, k, v = (torch.randn(s).to(torch.bfloat16) for s in (narrow, narrow, wide, wide))
+            p = torch.rand(rows * heads, end - start, seen).to(torch.bfloat16)
+            scores, of_q, of_k = torch.empty_like(p), torch.empty_like(q), torch.empty_like(k)
+            for a, b, out in (
+                *((q, k.transpose(1, 2), scores), (p, v, of_q)),
+                *((q, k.transpose(1, 2), scores), (g, v.transpose(1, 2), scores), (p, k, of_q)),
+                *((p.transpose(1, 2), q, of_k), (p.transpose(1, 2), g, of_k)),
+            ):
+                made.append(lambda a=a, b=b, out=out: torch.bmm(a, b, out=out))
+    return made
+
+
+def seconds(made: list[Callable[[], Any]], times: int) -> float:
+    """Median of running all, after one run that is not counted."""
+    found = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        for call in made:
+            call()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[1:])
+
+
+def flops(products: list[Product]) -> float:
+    """A multiplication and an addition for each pair."""
+    return float(sum(2 * left[0] * left[1] * right[1] for (left, _), (right, _) in products))
+
+
+def limit(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step's products."""
+    with tempfile.TemporaryDirectory() as scratch:
+        overrides = [f"out={scratch}/run", "train.compile=off", "data.workers=0"]
+        found = first_step(load_recipe(folder / "recipe-limit.yaml", overrides).recipe)
+    products = found.weights
+    return {
+        "seconds": seconds(calls(products), args.times),
+        "fastest_seconds": seconds(calls(fastest(products, args.times)), args.times),
+        "attention_seconds": seconds(attention_calls(found.attention, args.objective == "causal"), args.times),
+        "flops": flops(products),
+        "num_products": len(products),
+    }
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", choices=list(MODELS), default="causal")
+    parser.add_argument("--size", choices=["mini", "small"], default="mini", help="of BERT")
+    parser.add_argument("--rate", type=float, default=0.15, help="share of tokens masked")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--times", type=int, default=10, help="runs of all products")
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tiny", action="store_true", help="a model too small to mean anything, to try the script")
+    parser.add_argument("--inner", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="default: the results; with --tiny the record is printed")
+    args = parser.parse_args()
+    if args.length >= LOOP_FROM_TOKENS:
+        parser.error(f"from {LOOP_FROM_TOKENS} tokens on attention goes by documents, which this does not time")
+    if args.tiny:
+        without_compiling()
+        args.repeats, args.times, args.steps, args.warmup, args.length, args.rows = 1, 2, 4, 2, 64, 4
+    return args
+
+
+def main() -> None:
+    """Limit and step in turn, and the record."""
+    args = parse()
+    if args.inner:
+        print(json.dumps(limit(args.inner, args)))
+        return
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        section = prepare(folder, args)
+        recipe = recipe_of(folder, section, args, "limit")
+        (folder / "recipe-limit.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+        for repeat in range(args.repeats):
+            row = inner("--inner", str(folder))
+            step = statistics.median(ours(folder, section, args, repeat)["step_seconds"][args.warmup :])
+            whole = row["seconds"] + row["attention_seconds"]
+            row |= {"step_seconds": step, "share": whole / step, "weights_share": row["seconds"] / step}
+            row["fastest_share"] = (row["fastest_seconds"] + row["attention_seconds"]) / step
+            found.append(row)
+            print(
+                f"round {repeat + 1}  products {whole:.3f} s of a step of {step:.3f} s: {row['share']:.2f}", flush=True
+            )
+    write(
+        place(args, "limit"),
+        "limit" if args.objective == "causal" else f"limit, masked, bert-{args.size}",
+        "bench_limit.py",
+        model=section,
+        sequence_length=args.length,
+        rows=args.rows,
+        rate=args.rate if args.objective == "masked" else None,
+        rounds=found,
+    )
+
+
+if __name__ == "__main__":
+    main()
