@@ -197,7 +197,7 @@ def test_train_hands_the_loaded_recipe_on(capsys: pytest.CaptureFixture[str], mo
     import lmssl.train.run
 
     seen: list[Any] = []
-    monkeypatch.setattr(lmssl.train.run, "train", lambda loaded: seen.append(loaded) or Path("x"))
+    monkeypatch.setattr(lmssl.train.run, "train", lambda loaded, _launcher: seen.append(loaded) or Path("x"))
     assert run(capsys, "train", DEBUG, "seed=7")[0] == 0
     assert seen[0].recipe.seed == 7
     assert seen[0].origins["seed"].kind == "override"
