@@ -55,7 +55,7 @@ class Products(TorchDispatchMode):
         kind = str(func)
         if kind.startswith("aten._scaled_dot_product") and "backward" not in kind:
             self.attention.append(tuple(args[0].shape))
-        if kind == "lmssl.plus_product.default":  # turns its left side first, and is under autocast itself
+        if kind == "lmssl.plus_product.default":  # turns its left side first, and multiplies part by part
             self.weights.append((_operand(args[1].t().contiguous()), _operand(args[2])))
         pair = args[:2] if kind == "aten.mm.default" else args[1:3] if kind == "aten.addmm.default" else ()
         if pair and pair[0].dtype == torch.bfloat16:

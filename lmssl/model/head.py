@@ -63,11 +63,9 @@ def loss_and_correct(
 
 
 def _in_product_type(hidden_ND: Tensor) -> Tensor:
-    """What autocast makes of hidden states before every product, made once; on CPU the compiler sees to that."""
+    """What autocast makes of hidden states before every product, made once: gradients of logits have this type, too."""
     device = hidden_ND.device.type
-    if device == "cpu" or not torch.is_autocast_enabled(device):
-        return hidden_ND
-    return hidden_ND.to(torch.get_autocast_dtype(device))
+    return hidden_ND.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden_ND
 
 
 def _forward_only(
@@ -103,23 +101,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(hidden_ND.dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden: list[Tensor] = []
-        grad_weight_DV: Tensor | None = None
+        alone = hidden_ND.shape[0] <= chunk_targets
+        grad_weight_VD: Tensor | None = None
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None]
-            if _on_gpu(hidden_ND):
-                product_NV = hidden_ND[part] @ weight.t()
-                loss, _, grad_logits_NV = _fused()(product_NV, None, targets_N[part], False)
-                del product_NV
-            else:
-                loss, grad_logits_NV = _chunk(_logits(hidden_ND[part], weight, None), targets_N[part], hidden_ND.dtype)
+            product_NV = hidden_ND[part] @ weight.t()
+            loss, _, grad_logits_NV = _loss_of_chunk(product_NV, None, targets_N[part], False)
+            del product_NV
             total = total + loss
             # Rows that predict nothing are taken out here, where they are D wide, and not from the V wide gradient.
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
-            grad_weight_DV = _add_product(grad_weight_DV, hidden_ND[part] * kept_N1, grad_logits_NV)
-        assert grad_weight_DV is not None, "no targets' places"
-        grad_weight_VD = grad_weight_DV if _on_gpu(hidden_ND) else grad_weight_DV.t().contiguous()
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD.to(weight_VD.dtype))
+            grad_weight_VD = _add_product(grad_weight_VD, hidden_ND[part] * kept_N1, grad_logits_NV, alone)
+        assert grad_weight_VD is not None, "no targets' places"
+        del weight
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD.contiguous().to(weight_VD.dtype))
         return total
 
     @staticmethod
@@ -143,25 +139,20 @@ class _LossAndCorrect(torch.autograd.Function):
         total, correct = (hidden_ND.new_zeros((), dtype=torch.float32) for _ in range(2))
         grad_hidden: list[Tensor] = []
         width, more = hidden_ND.shape[1], _FURTHER_COLUMNS if _on_gpu(hidden_ND) else 0
-        grad_DV: Tensor | None = None
+        alone = hidden_ND.shape[0] <= chunk_targets
+        grad_VD: Tensor | None = None
         for start in range(0, hidden_ND.shape[0], chunk_targets):
             part = slice(start, start + chunk_targets)
             kept_N1 = (targets_N[part] != IGNORE)[:, None].to(hidden_ND.dtype)
-            if _on_gpu(hidden_ND):
-                product_NV = hidden_ND[part] @ weight.t()
-                loss, found, grad_logits_NV = _fused()(product_NV, bias_V, targets_N[part], True)
-                del product_NV
-            else:
-                logits_NV = _logits(hidden_ND[part], weight, bias_V)
-                found = _correct(logits_NV, targets_N[part])
-                loss, grad_logits_NV = _chunk(logits_NV, targets_N[part], hidden_ND.dtype)
+            product_NV = hidden_ND[part] @ weight.t()
+            loss, found, grad_logits_NV = _loss_of_chunk(product_NV, bias_V, targets_N[part], True)
+            del product_NV
             total, correct = total + loss, correct + found
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
             # The bias is the weight of a hidden unit that is 1 wherever there is a target: one more row of a product.
             seen_ND = torch.cat([hidden_ND[part] * kept_N1, kept_N1, kept_N1.new_zeros(len(kept_N1), more)], dim=1)
-            grad_DV = _add_product(grad_DV, seen_ND, grad_logits_NV)
-        assert grad_DV is not None, "no targets' places"
-        grad_VD = grad_DV if _on_gpu(hidden_ND) else grad_DV.t()
+            grad_VD = _add_product(grad_VD, seen_ND, grad_logits_NV, alone)
+        assert grad_VD is not None, "no targets' places"
         grad_weight_VD = grad_VD[:, :width].contiguous().to(weight_VD.dtype)
         grad_bias_V = None if bias_V is None else grad_VD[:, width].to(bias_V.dtype)
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD, grad_bias_V)
@@ -176,36 +167,42 @@ class _LossAndCorrect(torch.autograd.Function):
         return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD, grad_bias_V, None, None
 
 
-def _add_product(total_DV: Tensor | None, left_ND: Tensor, right_NV: Tensor) -> Tensor:
-    """`total_DV + left_ND.T @ right_NV`, or the product alone, in float32; on a GPU, turned and in place: [V, D]."""
-    if _on_gpu(left_ND):
-        return _add_on_gpu(total_DV, left_ND, right_NV)
-    if total_DV is None:
-        return _product(left_ND, right_NV)
-    found: Tensor = _plus_product(total_DV, left_ND, right_NV)
-    return found
+def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alone: bool) -> Tensor:
+    """`total_VD += right_NV.T @ left_ND`, summed in float32 and in place, or the product if it is the only one."""
+    on_gpu = _on_gpu(left_ND)
+    if alone and not on_gpu:
+        return _product(left_ND.t().contiguous(), right_NV).float().t()
+    if total_VD is None:
+        total_VD = left_ND.new_zeros(right_NV.shape[1], left_ND.shape[1], dtype=torch.float32)
+    if on_gpu:
+        _add_on_gpu(total_VD, left_ND, right_NV)
+    else:
+        _add_on_cpu(total_VD, left_ND, right_NV)
+    return total_VD
 
 
-@torch.library.custom_op("lmssl::plus_product", mutates_args=())
-def _plus_product(total_DV: Tensor, left_ND: Tensor, right_NV: Tensor) -> Tensor:
-    """`total_DV + left_ND.T @ right_NV`; an operator that the compiler does not look into.
+_TILE_ELEMENTS = 2**20
+"""Of a part of logits, or of the weight's gradient, that is worked on at once on CPU, where caches are small."""
+
+
+@torch.library.custom_op("lmssl::plus_product", mutates_args={"total_VD"})
+def _add_on_cpu(total_VD: Tensor, left_ND: Tensor, right_NV: Tensor) -> None:
+    """`total_VD += right_NV.T @ left_ND`; an operator that the compiler does not look into.
 
     It would transpose bfloat16 tiles of two matrices in one loop, and gcc 12 at -O3 makes garbage of that on CPUs with
     AVX-512 (torch 2.13; without SLP vectorisation it does not).
     """
-    return total_DV + _product(left_ND, right_NV)
+    turned_DN = left_ND.t().contiguous()
+    rows = max(1, _TILE_ELEMENTS // left_ND.shape[1])
+    for start in range(0, len(total_VD), rows):
+        total_VD[start : start + rows] += _product(turned_DN, right_NV[:, start : start + rows]).t()
 
 
-def _product(left_ND: Tensor, right_NV: Tensor) -> Tensor:
-    """`left_ND.T @ right_NV` in float32; [D, N] @ [N, V] runs faster on CPU than the other way round, transposed."""
-    if left_ND.dtype == torch.float16:  # sums over thousands of targets leave its range, and no loss scale is in them
-        return ((left_ND / _FLOAT16_ROOM).t().contiguous() @ right_NV).float() * _FLOAT16_ROOM
-    return (left_ND.t().contiguous() @ right_NV).float()
-
-
-@_plus_product.register_fake
-def _plus_product_shape(total_DV: Tensor, left_ND: Tensor, right_NV: Tensor) -> Tensor:
-    return torch.empty_like(total_DV)
+def _product(left_DN: Tensor, right_NV: Tensor) -> Tensor:
+    """`left_DN @ right_NV`, which runs faster on CPU than the other way round, transposed."""
+    if left_DN.dtype == torch.float16:  # sums over thousands of targets leave its range, and no loss scale is in them
+        return ((left_DN / _FLOAT16_ROOM) @ right_NV).float() * _FLOAT16_ROOM
+    return left_DN @ right_NV
 
 
 def _on_gpu(hidden_ND: Tensor) -> bool:
@@ -217,15 +214,12 @@ _PRODUCT_ELEMENTS = 2**25
 """Of a part of the weight's gradient that is made at once, before it is added to the rest."""
 
 
-def _add_on_gpu(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor) -> Tensor:
+def _add_on_gpu(total_VD: Tensor, left_ND: Tensor, right_NV: Tensor) -> None:
     """`total_VD += right_NV.T @ left_ND`, summed and kept in float32, some rows of the vocabulary at a time."""
-    if total_VD is None:
-        total_VD = left_ND.new_zeros(right_NV.shape[1], left_ND.shape[1], dtype=torch.float32)
     rows = max(1, _PRODUCT_ELEMENTS // left_ND.shape[1])
     for start in range(0, len(total_VD), rows):
         turned_VN = right_NV[:, start : start + rows].t()
         total_VD[start : start + rows] += _wide_product(turned_VN, left_ND)
-    return total_VD
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -234,17 +228,38 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scaled(gradient_VD: Tensor, factor: Tensor) -> Tensor:
-    """`gradient_VD * factor`; on a GPU in its place, for it is large and nobody else's."""
-    return gradient_VD.mul_(factor) if _on_gpu(gradient_VD) else gradient_VD * factor
+    """`gradient_VD * factor`, in its place where no compiler looks on, for it is large and nobody else's."""
+    return gradient_VD * factor if torch.compiler.is_compiling() else gradient_VD.mul_(factor)
+
+
+def _loss_of_chunk(
+    product_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of one chunk, right predictions (0 if they are not to be counted), and the gradient of its product.
+
+    Where no compiler fuses it, a few rows at a time stay in the cache, and the gradient takes the product's place.
+    """
+    if _on_gpu(product_NV):
+        found: tuple[Tensor, Tensor, Tensor] = _fused()(product_NV, bias_V, targets_N, count)
+        return found
+    if torch.compiler.is_compiling():
+        return _of_product(product_NV, bias_V, targets_N, count)
+    total, correct = (product_NV.new_zeros((), dtype=torch.float32) for _ in range(2))
+    rows = max(1, _TILE_ELEMENTS // product_NV.shape[1])
+    for start in range(0, len(product_NV), rows):
+        part = slice(start, start + rows)
+        loss, right, gradient_NV = _of_product(product_NV[part], bias_V, targets_N[part], count)
+        total, correct = total + loss, correct + right
+        product_NV[part] = gradient_NV
+    return total, correct, product_NV
 
 
 def _of_product(
     product_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, count: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Loss of one chunk, right predictions if they are to be counted, and the gradient of its product."""
+) -> tuple[Tensor, Tensor, Tensor]:
     logits_NV = product_NV.float() if bias_V is None else product_NV.float() + bias_V.float()
     loss, gradient_NV = _chunk(logits_NV, targets_N, product_NV.dtype)
-    return loss, _correct(logits_NV, targets_N) if count else None, gradient_NV
+    return loss, _correct(logits_NV, targets_N) if count else loss.new_zeros(()), gradient_NV
 
 
 @cache
@@ -256,7 +271,6 @@ def _fused() -> Callable[..., Any]:
 def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Loss of one chunk, and its gradient with respect to the logits as if every row had a target."""
     log_probs_NV = torch.log_softmax(logits_NV, dim=-1)
-    del logits_NV  # half of what a chunk takes
     kept_N = targets_N != IGNORE
     safe_N1 = torch.where(kept_N, targets_N, 0)[:, None]
     picked_N1 = log_probs_NV.gather(1, safe_N1)

@@ -56,7 +56,7 @@ def recipe(objective: str, tiny: bool, work: Path) -> dict[str, Any]:
     """The run: about a million parameters, three quarters of a million tokens (causal) or twice that (masked)."""
     width = 32 if tiny else 128
     batch = 1024 if tiny else 4096
-    steps = 4 if tiny else 180 if objective == "causal" else 360
+    steps = 4 if tiny else 1500 if objective == "causal" else 3000
     family = {"kind": "llama" if objective == "causal" else "bert", "num_hidden_layers": 2 if tiny else 4}
     sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 2 if tiny else 4}
     return {
