@@ -21,14 +21,13 @@ import itertools
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from record import HERE, machine
+from record import HERE, machine, shown_command
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -54,7 +53,7 @@ class Bench:
             "steps": args.steps,
             "batch_tokens": args.batch_tokens,
             "sequence_length": args.sequence_length,
-            "corpus": args.corpus,
+            "corpus": None if args.corpus is None else Path(args.corpus).name,
             "tokenizer": args.tokenizer,
             "weight_decay": args.weight_decay,
         }
@@ -70,7 +69,7 @@ class Bench:
     def branch(self, whole: dict[str, Any], tenths: int) -> dict[str, Any]:
         """A run of so many tenths of the steps, from the stable part of a whole one."""
         key = {"optim": whole["optim"], "seed": whole["seed"], "tenths": tenths}
-        return self._once(key, lambda: self._branched(Path(whole["run"]), tenths))
+        return self._once(key, lambda: self._branched(self.args.work / whole["run"], tenths))
 
     def _once(self, key: dict[str, Any], make: Any) -> dict[str, Any]:
         wanted = {"benchmark": "optim", "kind": "run", **self.settings, **key}
@@ -87,9 +86,7 @@ class Bench:
     def write(self, record: dict[str, Any]) -> None:
         """Append a line."""
         record |= {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "machine": machine()}
-        record["command"] = " ".join(
-            ["python benchmarks/bench_optim.py", *(shlex.quote(word) for word in sys.argv[1:])]
-        )
+        record["command"] = shown_command("bench_optim.py", sys.argv[1:], corpus="CORPUS", work="WORK", out="RESULTS")
         self.done.append(record)
         with self.args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -157,7 +154,7 @@ def judged(run: Path) -> dict[str, Any]:
     trained = [row for row in rows if row["kind"] == "train"]
     seconds = sum(row["time"]["seconds"] for row in trained)
     loss = math.inf if last["loss"] is None else last["loss"]  # a rate that is too high
-    return {"run": str(run), "loss": loss, "num_steps": last["step"], "training_seconds": seconds}
+    return {"run": run.name, "loss": loss, "num_steps": last["step"], "training_seconds": seconds}
 
 
 def ratio(adamw: float, curve: list[tuple[int, float]], steps: int) -> float | None:

@@ -16,15 +16,13 @@ import datetime
 import hashlib
 import json
 import random
-import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import zstandard
-from record import HERE, machine, run
+from record import HERE, machine, run, shown_command
 from transfer_tasks import TASKS, LabelledSet, chosen_authors, read_jsonl
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -172,7 +170,7 @@ class Transfer:
             "benchmark": "transfer",
             "setup": self.setup,
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", "benchmarks/bench_transfer.py", *self.args.shown]),
+            "command": self.args.shown,
             "machine": machine(),
             **self.about,
             **told,
@@ -215,7 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help=r"default: benchmarks/results/transfer.jsonl; of --tiny, in WORK")
     parser.add_argument("--tiny", action="store_true", help="only show that it works")
     args = parser.parse_args()
-    args.shown = list(_without_paths(sys.argv[1:]))
+    args.shown = shown_command("bench_transfer.py", sys.argv[1:], corpora="CORPORA", work="WORK", results="RESULTS")
     args.work = args.work or Path("runs") / f"transfer-{args.objective}{'-tiny' if args.tiny else ''}"
     args.results = args.results or (args.work / RESULTS.name if args.tiny else RESULTS)
     if args.tiny:
@@ -224,14 +222,6 @@ def arguments() -> argparse.Namespace:
     if missing:
         parser.error(f"{args.corpora} lacks {', '.join(missing)}")
     return args
-
-
-def _without_paths(words: list[str]) -> Iterator[str]:
-    """The command as others can run it."""
-    before = ""
-    for word in words:
-        yield {"--corpora": "CORPORA", "--work": "WORK", "--results": "RESULTS"}.get(before, word)
-        before = word
 
 
 def main() -> None:

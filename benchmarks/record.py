@@ -38,6 +38,16 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
+def shown_command(script: str, words: list[str], **names: str) -> str:
+    """A command as others can run it: what follows `--work` becomes WORK, if `names` says so.
+
+    >>> shown_command("bench_optim.py", ["--steps", "50", "--work", "/somewhere"], work="WORK")
+    'python benchmarks/bench_optim.py --steps 50 --work WORK'
+    """
+    shown = [names.get(before.removeprefix("--"), word) for before, word in zip(["", *words], words, strict=False)]
+    return shlex.join(["python", f"benchmarks/{script}", *shown])
+
+
 def versions_in(python: Path | str, *packages: str) -> dict[str, str]:
     """Versions of packages in another environment; what is not there is left out."""
     code = "import sys, json\nfrom importlib.metadata import version, PackageNotFoundError\nfound = {}\n"

@@ -153,7 +153,7 @@ def transfer(records: list[dict[str, Any]]) -> str:
                 f"| {name} | {size:,} | {majority:.3f} | {mean_interval(theirs)} | {mean_interval(ours)} "
                 f"| {mean_interval(gain, '+.3f')} |"
             )
-    return "\n".join([*lines, "", where(first)])
+    return "\n".join([*lines, "", where(records[-1])])
 
 
 def mean_interval(values: list[float], form: str = ".3f") -> str:

@@ -169,33 +169,33 @@ class _LossAndCorrect(torch.autograd.Function):
 
 def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alone: bool) -> Tensor:
     """`total_VD += right_NV.T @ left_ND`, summed in float32 and in place, or the product if it is the only one."""
-    on_gpu = _on_gpu(left_ND)
-    if alone and not on_gpu:
+    if alone and not _on_gpu(left_ND):
         return _product(left_ND.t().contiguous(), right_NV).float().t()
     if total_VD is None:
         total_VD = left_ND.new_zeros(right_NV.shape[1], left_ND.shape[1], dtype=torch.float32)
-    if on_gpu:
-        _add_on_gpu(total_VD, left_ND, right_NV)
-    else:
-        _add_on_cpu(total_VD, left_ND, right_NV)
+    _plus_product(total_VD, left_ND, right_NV)
     return total_VD
 
 
 _TILE_ELEMENTS = 2**20
 """Of a part of logits, or of the weight's gradient, that is worked on at once on CPU, where caches are small."""
+_GPU_TILE_ELEMENTS = 2**25
 
 
 @torch.library.custom_op("lmssl::plus_product", mutates_args={"total_VD"})
-def _add_on_cpu(total_VD: Tensor, left_ND: Tensor, right_NV: Tensor) -> None:
-    """`total_VD += right_NV.T @ left_ND`; an operator that the compiler does not look into.
+def _plus_product(total_VD: Tensor, left_ND: Tensor, right_NV: Tensor) -> None:
+    """`total_VD += right_NV.T @ left_ND`, some rows of the vocabulary at a time.
 
-    It would transpose bfloat16 tiles of two matrices in one loop, and gcc 12 at -O3 makes garbage of that on CPUs with
-    AVX-512 (torch 2.13; without SLP vectorisation it does not).
+    An operator that the compiler does not look into: it would transpose bfloat16 tiles of two matrices in one loop, and
+    gcc 12 at -O3 makes garbage of that on CPUs with AVX-512 (torch 2.13; without SLP vectorisation it does not).
     """
-    turned_DN = left_ND.t().contiguous()
-    rows = max(1, _TILE_ELEMENTS // left_ND.shape[1])
+    on_gpu = _on_gpu(left_ND)
+    turned_DN = left_ND.t() if on_gpu else left_ND.t().contiguous()
+    rows = max(1, (_GPU_TILE_ELEMENTS if on_gpu else _TILE_ELEMENTS) // left_ND.shape[1])
     for start in range(0, len(total_VD), rows):
-        total_VD[start : start + rows] += _product(turned_DN, right_NV[:, start : start + rows]).t()
+        part_NV = right_NV[:, start : start + rows]
+        product_VD = _wide_product(part_NV.t(), left_ND) if on_gpu else _product(turned_DN, part_NV).t()
+        total_VD[start : start + rows] += product_VD
 
 
 def _product(left_DN: Tensor, right_NV: Tensor) -> Tensor:
@@ -208,18 +208,6 @@ def _product(left_DN: Tensor, right_NV: Tensor) -> Tensor:
 def _on_gpu(hidden_ND: Tensor) -> bool:
     """Whether this code runs on a GPU as it stands, and no compiler sees all of it."""
     return hidden_ND.is_cuda and not torch.compiler.is_compiling()
-
-
-_PRODUCT_ELEMENTS = 2**25
-"""Of a part of the weight's gradient that is made at once, before it is added to the rest."""
-
-
-def _add_on_gpu(total_VD: Tensor, left_ND: Tensor, right_NV: Tensor) -> None:
-    """`total_VD += right_NV.T @ left_ND`, summed and kept in float32, some rows of the vocabulary at a time."""
-    rows = max(1, _PRODUCT_ELEMENTS // left_ND.shape[1])
-    for start in range(0, len(total_VD), rows):
-        turned_VN = right_NV[:, start : start + rows].t()
-        total_VD[start : start + rows] += _wide_product(turned_VN, left_ND)
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Compiled equals eager: the whole loss module under bfloat16 autocast, at shapes where the head has several chunks.
 
-C++ compilers have miscompiled loops that the compiler writes (see `lmssl.model.head._add_on_cpu`), which shows
+C++ compilers have miscompiled loops that the compiler writes (see `lmssl.model.head._plus_product`), which shows
 neither in the loss nor in float32; gradients of single parameters tell.
 """
 
