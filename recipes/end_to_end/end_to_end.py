@@ -1,4 +1,4 @@
-"""The whole way of a model, in minutes on a CPU: from text to a table of labelled results.
+"""The whole way of a model, in ten minutes on a CPU: from text to a table of labelled results.
 
     python recipes/end_to_end/end_to_end.py causal        # or masked; from a clone, with lmssl[finetune] installed
 
@@ -6,7 +6,7 @@ Trains a tokenizer and a model on the documentation that every Python ships, eva
 stand-in for the Hub on this machine, downloads it from there, and fine-tunes what was downloaded, and the same
 architecture from random weights, to tell which package a docstring is from. Modules of the test rows are in no
 training row, and no row names its package; the model has read all docstrings. Every command is printed as it is run.
-Pretraining is too short here to be worth much, and may do harm; benchmarks/bench_transfer.py measures its worth.
+benchmarks/bench_transfer.py measures what pretraining is worth with text that the model has not read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build(objective: str, tiny: bool) -> dict[str, Any]:
 
 
 def recipe(objective: str, tiny: bool, work: Path) -> dict[str, Any]:
-    """The run: about a million parameters, three quarters of a million tokens (causal) or twice that (masked)."""
+    """The run: about a million parameters, 6 million tokens (causal) or 12 million (masked)."""
     width = 32 if tiny else 128
     batch = 1024 if tiny else 4096
     steps = 4 if tiny else 1500 if objective == "causal" else 3000
