@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import zstandard
 from record import HERE, machine, run, shown_command
 from transfer_tasks import TASKS, LabelledSet, chosen_authors, read_jsonl
@@ -30,6 +31,7 @@ from lmssl.finetune.run import Bench
 from lmssl.finetune.splits import Splits, labels_of
 from lmssl.finetune.start import open_start
 from lmssl.finetune.task import TaskFile
+from lmssl.train.precision import multiplies_bf16
 
 RESULTS = HERE / "results" / "transfer.jsonl"
 STARTS = ("random", "pretrained")
@@ -208,13 +210,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--num-scored", type=int, default=None, help="score so many test rows only")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the device multiplies it")
     parser.add_argument("--work", type=Path, default=None, help=r"default: runs/transfer-OBJECTIVE")
     parser.add_argument("--results", type=Path, help=r"default: benchmarks/results/transfer.jsonl; of --tiny, in WORK")
     parser.add_argument("--tiny", action="store_true", help="only show that it works")
     args = parser.parse_args()
     args.shown = shown_command("bench_transfer.py", sys.argv[1:], corpora="CORPORA", work="WORK", results="RESULTS")
     args.work = args.work or Path("runs") / f"transfer-{args.objective}{'-tiny' if args.tiny else ''}"
+    args.precision = args.precision or (
+        "bf16" if multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
+    )
     args.results = args.results or (args.work / RESULTS.name if args.tiny else RESULTS)
     if args.tiny:
         vars(args).update(TINY)

@@ -115,7 +115,7 @@ _TABLE: tuple[tuple[str, Foreign], ...] = (
     ),
     (
         "bf16 fp16 tf32 bf16_full_eval fp16_full_eval dtype torch_dtype mixed_precision",
-        _to("train.precision", "write train.precision: bf16, fp16 or fp32"),
+        _to("train.precision", "write train.precision: bf16, fp16 or fp32, or leave it out"),
     ),
     (
         "torch_compile torch_compile_backend torch_compile_mode",
@@ -220,7 +220,7 @@ _PREFIXES: dict[str, Foreign] = {
     "deepspeed_": _LAUNCH,
     "hub_": _UPLOAD,
     "wandb_": _TRACK,
-    "mlm_": _no("the objective is causal; there is no masked objective in this version"),
+    "mlm_": _no("the masked objective has a rate of its own: objective: {kind: masked, rate: 0.15}"),
 }
 
 _VALUES: dict[str, dict[str, str]] = {

@@ -32,8 +32,11 @@ class TrainSection(Section):
     """Smaller steps at the beginning; null: all steps are equal."""
     micro_batch_sequences: Int = Field(ge=1)
     """Sequences of one forward on one device; only memory and speed depend on it."""
-    precision: Literal["bf16", "fp32", "fp16", "fp8"] = "bf16"
-    """Type of matrix products; weights and optimiser stay fp32. fp16 scales the loss; fp8 needs a GPU and torchao."""
+    precision: Literal["auto", "bf16", "fp32", "fp16", "fp8"] = "auto"
+    """Type of matrix products; `auto`: bf16 where the device multiplies it, else fp32, kept when the run goes on.
+
+    Weights and optimiser stay fp32. fp16 scales the loss; fp8 needs a GPU and torchao.
+    """
     activation_checkpointing: Literal["full"] | Annotated[Int, Field(ge=1)] | None = None
     """Layers compute their inside again in the backward pass instead of keeping it: `full` all, k every k-th."""
     compile: Literal["auto", "off", "layers", "model"] = "auto"

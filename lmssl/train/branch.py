@@ -71,6 +71,8 @@ def branch_recipe(
     }
     if given.name == parent.name:
         changes["name"] = f"{parent.name}-{suffix}"
+    if given.train.precision == "auto":
+        changes["train.precision"] = parent.train.precision
     if Path(given.out_path) in (Path(parent.out_path), run):
         changes["out"] = json.dumps(f"{str(run).rstrip('/')}-{suffix}")
     if given.train.max_hours != parent.train.max_hours:

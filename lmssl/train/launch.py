@@ -22,8 +22,10 @@ from torch import nn
 
 from lmssl.errors import TrainingError
 from lmssl.model.layers import layer_stacks
+from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
-from lmssl.train.launcher import require_meeting
+from lmssl.train.launcher import require_meeting, same_on_all_ranks
+from lmssl.train.precision import multiplies_bf16
 
 COMPILE_PAYS_FLOPS_PER_THREAD = 1e13
 """Training FLOPs per CPU thread from which compiling (20 to 60 s) is repaid; see docs/performance.md."""
@@ -69,6 +71,28 @@ def keep_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**26)
     mallopt(mmap_max, 0)
+
+
+def with_precision(recipe: Recipe) -> Recipe:
+    """A recipe that says how products are computed, the same on all ranks, where it left that to the device.
+
+    A run that has begun, or that another branches off, goes on as it was; its own recipe says how.
+    """
+    if recipe.train.precision != "auto":
+        return recipe
+    precision = same_on_all_ranks("precision", lambda: _precision_of(recipe), os.environ)
+    train = recipe.train.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"train": train})
+
+
+def _precision_of(recipe: Recipe) -> str:
+    origins = [recipe.out_path] + ([] if recipe.branch is None else [recipe.branch.run])
+    for earlier in (Path(origin) / "recipe.yaml" for origin in origins):
+        if earlier.is_file() and (kept := load_recipe(earlier).recipe.train.precision) != "auto":
+            return kept
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "y", "on", "t")
+    device = None if wants_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return "bf16" if multiplies_bf16("cpu" if device is None else device.type) else "fp32"
 
 
 def open_accelerator(recipe: Recipe, run: Path) -> Accelerator:

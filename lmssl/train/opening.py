@@ -50,6 +50,7 @@ from lmssl.train.launch import (
     launched_rank,
     open_accelerator,
     set_determinism,
+    with_precision,
 )
 from lmssl.train.launcher import same_on_all_ranks
 from lmssl.train.lock import RunLock, is_lock_file
@@ -75,6 +76,7 @@ def open_session(
     """
     keep_memory()
     run = Path(recipe.out_path)
+    recipe = with_precision(recipe)
     check_trackers(recipe)
     _check_run_folder(run, recipe)
     _lock(lock, run, report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ LEAST_SCALE = 1.0
 """Below this a gradient that is not finite is no overflow."""
 FP8_CAPABILITY = (8, 9)
 """Of the CUDA devices that multiply in 8 bits: Ada and later."""
+BF16_CAPABILITY = (8, 0)
+"""Of the CUDA devices that multiply bfloat16: Ampere and later."""
+BF16_CPU_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
+"""Linux's names of what multiplies bfloat16, on x86 and ARM. Elsewhere torch plays it, at a third of float32's rate."""
 
 
 class LossScale:
@@ -74,6 +79,24 @@ def require_float32(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimi
                 where="train.precision, and the launch file",
                 remedy="leave precision to the recipe: train.precision says how products are computed",
             )
+
+
+def multiplies_bf16(device_type: str, *, cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether a device multiplies bfloat16 by itself.
+
+    Args:
+        device_type: cpu, cuda or another that torch names; of others it is believed.
+        cpu_info: Linux's description of the processors.
+    """
+    if device_type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability() >= BF16_CAPABILITY
+    if device_type != "cpu":
+        return True
+    if not cpu_info.exists():
+        return False
+    lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return not BF16_CPU_FLAGS.isdisjoint(flags.partition(":")[2].split())
 
 
 def check_precision(precision: str, device: torch.device, backend: str) -> None:

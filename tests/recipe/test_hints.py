@@ -61,7 +61,7 @@ def test_foreign_names_lead_to_ours(theirs: str, ours: str) -> None:
         ("push_to_hub", "lmssl push"),
         ("hub_token", "never holds a token"),
         ("d_model", "hidden_size"),
-        ("mlm_probability", "causal"),
+        ("mlm_probability", "objective: {kind: masked, rate: 0.15}"),
     ],
 )
 def test_names_without_ours_say_what_to_do(theirs: str, say: str) -> None:

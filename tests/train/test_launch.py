@@ -85,7 +85,7 @@ def test_every_launch_file_is_tested(root: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("MIXED_PRECISION", "fp16", "mixed_precision: fp16, the recipe train.precision: bf16"),
+        ("MIXED_PRECISION", "fp16", "mixed_precision: fp16, the recipe train.precision: fp32"),
         ("DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend: inductor, the recipe train.compile: off"),
         (
             "GRADIENT_ACCUMULATION_STEPS",
@@ -99,7 +99,7 @@ def test_a_launch_file_that_contradicts_the_recipe_is_refused(
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     with pytest.raises(TrainingError, match="the launch file says") as caught:
-        open_accelerator(recipe_of(tmp_path), tmp_path)
+        open_accelerator(recipe_of(tmp_path, **{"train.precision": "fp32"}), tmp_path)
     assert said in str(caught.value)
 
 

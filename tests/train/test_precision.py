@@ -12,8 +12,10 @@ import torch
 from lmssl import checkpoint
 from lmssl.errors import TrainingError
 from lmssl.recipe.load import load_recipe
-from lmssl.train import precision
-from lmssl.train.precision import LossScale, check_precision, require_float32
+from lmssl.train import launch, precision
+from lmssl.train.branch import branch_recipe
+from lmssl.train.launch import with_precision
+from lmssl.train.precision import LossScale, check_precision, multiplies_bf16, require_float32
 from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
 
@@ -155,3 +157,42 @@ def test_weights_masters_and_states_must_be_float32() -> None:
     optimizer.state[model.weight]["exp_avg"] = torch.zeros(2, 2, dtype=torch.float16)
     with pytest.raises(TrainingError, match="^exp_avg is of float16"):
         require_float32(dict(model.named_parameters()), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("cpu_info", "answer"),
+    [
+        ("model name\t: Xeon\nflags\t\t: fpu avx512f avx512_vnni\n", False),
+        ("model name\t: bf16 in a name\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd sve svebf16 i8mm bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_the_processor_says_whether_it_multiplies_bfloat16(tmp_path: Path, cpu_info: str | None, answer: bool) -> None:
+    path = tmp_path / "cpuinfo"
+    if cpu_info is not None:
+        path.write_text(cpu_info, encoding="utf-8")
+    assert multiplies_bf16("cpu", cpu_info=path) is answer
+
+
+def test_left_to_the_device_a_run_keeps_what_it_began_with(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine that would choose otherwise, and where another run branches off."""
+    stable = {"train.precision": "auto", "schedule": {"kind": "constant", "warmup_tokens": 1024}}
+    monkeypatch.setattr(launch, "multiplies_bf16", lambda _: True)
+    path = run(tmp_path, text_folder, "run", steps=3, **stable)
+    assert load_recipe(path / "recipe.yaml").recipe.train.precision == "bf16"
+    monkeypatch.setattr(launch, "multiplies_bf16", lambda _: False)
+    run(tmp_path, text_folder, "run", steps=6, **stable)
+    bf16 = run(tmp_path, text_folder, "bf16", steps=6, **{**stable, "train.precision": "bf16"})
+    fp32 = run(tmp_path, text_folder, "fp32", steps=6, **stable)
+    assert losses(path) == losses(bf16) != losses(fp32)
+    assert load_recipe(fp32 / "recipe.yaml").recipe.train.precision == "fp32"
+    branched = branch_recipe(f"{path}@3", recipe=tmp_path / "run.yaml").recipe
+    assert branched.train.precision == "bf16"
+    left = branched.train.model_copy(update={"precision": "auto"})
+    assert with_precision(branched.model_copy(update={"train": left})).train.precision == "bf16"
