@@ -66,6 +66,8 @@ bench-cpu: install
 	"$(BIN)/python" benchmarks/bench_memory.py $(BENCH)
 	"$(BIN)/python" benchmarks/bench_scaling.py $(BENCH)
 	"$(BIN)/python" benchmarks/bench_time_to_loss.py $(BENCH)
+	"$(BIN)/python" benchmarks/bench_head.py $(BENCH)
+	"$(BIN)/python" benchmarks/bench_quality.py --steps 80 --length 128 --rows 32 --peers 1 $(BENCH)
 	"$(BIN)/python" benchmarks/report.py
 
 torture: install

@@ -1,23 +1,19 @@
 """One masked training step with the head at targets only, and at every position: seconds and peak memory.
 
-    python benchmarks/bench_head.py [--repeats 3] [--size mini]
+    python benchmarks/bench_head.py [--repeats 3] [--size mini] [--tiny]
 
-BERT with a vocabulary of 30,528, 15 % of random tokens masked, bf16 and compiled as in a run. Three ways: our head at
-the targets; the same chunked head at every position; and logits of every position at once with torch's cross-entropy,
-as the stock class does it. Each is a process of its own; memory is the process's peak, compiling included, less
-what it had before the first step. Results are appended to benchmarks/results/head.jsonl.
+BERT with a vocabulary of 30,528, 15 % of random tokens masked, compiled and in the precision that a run chooses on this
+processor. Three ways: our head at the targets; the same chunked head at every position; and logits of every position at
+once with torch's cross-entropy, as the stock class does it. Each is a process of its own; memory is the process's peak,
+compiling included, less what it had before the first step. Results are appended to benchmarks/results/head.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import resource
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from entrants import masked_model
-from record import HERE, machine
+from record import inner, place, without_compiling, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +38,7 @@ from lmssl.shipped import find
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 from lmssl.tokenizer.offsets import surface_bytes
 from lmssl.train.launch import keep_memory
+from lmssl.train.precision import multiplies_bf16
 
 ENTRANTS = ("targets only", "every position, in chunks", "every position at once")
 
@@ -49,13 +46,13 @@ ENTRANTS = ("targets only", "every position, in chunks", "every position at once
 class WholeHead(nn.Module):
     """Logits of every position, then torch's cross-entropy."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, dtype
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The summed loss."""
-        with autocast(torch.device("cpu"), True):
+        with autocast(torch.device("cpu"), self.dtype):
             hidden = encode(self.model, inputs["ids_BT"], inputs["segments_BT"], inputs["offsets_BT"])
             head = masked_head(self.model)
             logits = (head.transform(hidden) @ head.weight_VD.t() + head.bias_V).float()
@@ -92,7 +89,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     if name == ENTRANTS[1]:
         labels = torch.full_like(inputs["ids_BT"], IGNORE).scatter(1, inputs["places_BC"], inputs["targets_BC"])
         inputs |= {"places_BC": torch.arange(args.length).expand(args.rows, -1).contiguous(), "targets_BC": labels}
-    module = WholeHead(model) if name == ENTRANTS[2] else LossModule(model, objective, bf16=True)
+    ours = LossModule(model, objective, bf16=args.precision == "bf16")
+    module = WholeHead(model, ours.dtype) if name == ENTRANTS[2] else ours
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     module.compile(dynamic=False)
@@ -107,8 +105,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": statistics.median(seconds[2:]), "memory_bytes": peak * 1024}
 
 
-def main() -> None:
-    """Run every way in rounds and append the record."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
@@ -116,33 +114,40 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--size", choices=["mini", "small"], default="mini", help="of BERT")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where the processor multiplies it")
     parser.add_argument("--tiny", action="store_true", help="a model too small to mean anything, to try the script")
-    parser.add_argument("--entrant", choices=ENTRANTS, help="measure this one only, and print it")
-    parser.add_argument("--out", type=Path, default=HERE / "results/head.jsonl")
-    args = parser.parse_args()
-    if args.entrant:
-        print(json.dumps(measure(args.entrant, args)))
+    parser.add_argument("--inner", choices=ENTRANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="default: the results; with --tiny the record is printed")
+    args = parser.parse_args(words)
+    args.precision = args.precision or ("bf16" if multiplies_bf16("cpu") else "fp32")
+    if args.tiny:
+        without_compiling()
+        args.repeats, args.steps, args.length, args.rows = 1, 3, 64, 2
+    return args
+
+
+def main() -> None:
+    """Run every way in rounds and append the record."""
+    args = parse()
+    if args.inner:
+        print(json.dumps(measure(args.inner, args)))
         return
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ENTRANTS}
     for _ in range(args.repeats):
         for name in ENTRANTS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--entrant", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows[name].append(json.loads(done.stdout.splitlines()[-1]))
+            rows[name].append(inner("--inner", name))
             print(name, rows[name][-1], flush=True)
-    record = {
-        "benchmark": "head",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python benchmarks/bench_head.py", *(shlex.quote(word) for word in sys.argv[1:])]),
-        "machine": machine(),
-        "size": args.size,
-        "rate": args.rate,
-        "rows": args.rows,
-        "sequence_length": args.length,
-        "entrants": rows,
-    }
-    with args.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    write(
+        place(args, "head"),
+        "head",
+        "bench_head.py",
+        size="tiny" if args.tiny else args.size,
+        precision=args.precision,
+        rate=args.rate,
+        rows=args.rows,
+        sequence_length=args.length,
+        entrants=rows,
+    )
 
 
 if __name__ == "__main__":

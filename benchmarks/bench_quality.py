@@ -4,8 +4,9 @@
 
 We train BERT for so many steps on the text every Python ships, less every 20th document; the time counts from the
 start of our process, compilation included, to its end. Then transformers' Trainer trains the same model on the same
-text for three times as long, counting its steps only, once with the learning rate that run_mlm.py has by default and
-once with ours. All are exported and loaded by the stock class, and judged on the same masks (15 %, 80/10/10) of
+text for at least three times as long, counting its steps only, once with the learning rate that run_mlm.py has by
+default and once with ours: where its steps went quicker than a trial said, it trains anew with more of them. All are
+exported and loaded by the stock class, and judged on the same masks (15 %, 80/10/10) of
 the held-out documents: one by one between [CLS] and [SEP], and joined end to end, as run_mlm.py reads them.
 Results are appended to benchmarks/results/quality.jsonl.
 """
@@ -13,9 +14,8 @@ Results are appended to benchmarks/results/quality.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
+import math
 import statistics
 import sys
 import tempfile
@@ -27,11 +27,17 @@ import numpy as np
 import torch
 from entrants import prepare
 from environment import peers_python
-from record import HERE, machine, run
+from record import HERE, last_json, place, run, without_compiling, write
 from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from lmssl.recipe.load import load_recipe
 
 HELD_OUT_EVERY = 20
 RATE = 0.15
+TIMES = 3
+"""Of our seconds, that the peer has at least."""
+MARGIN = 1.1
+"""Steps asked of the peer / those that the seconds of a trial give: training anew costs more than a tenth."""
 
 
 def split(folder: Path) -> list[str]:
@@ -77,15 +83,20 @@ def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace) -> tup
 
 
 def theirs(folder: Path, args: argparse.Namespace, seconds: float, lr: float) -> tuple[Path, float]:
-    """Train by Trainer for about so many seconds of steps; returns the export and the seconds it took."""
+    """Train by Trainer for at least so many seconds of steps; returns the export and the seconds it took."""
     out = folder / f"theirs-{lr}"
     command = [str(peers_python("train")), str(HERE / "peers/trainer.py"), "masked", str(folder / "model")]
     command += [str(folder / "text.jsonl"), "--sequence-length", str(args.length), "--rows", str(args.rows)]
     command += ["--rate", str(RATE), "--lr", str(lr)]
-    trial = json.loads(run([*command, "--steps", "6"]).strip().splitlines()[-1])
-    steps = max(6, round(seconds / statistics.median(trial["step_seconds"][2:])))
-    done = json.loads(run([*command, "--steps", str(steps), "--out", str(out)]).strip().splitlines()[-1])
-    return out, sum(done["step_seconds"])
+    trial = last_json(run([*command, "--steps", "6"]))
+    step_seconds = statistics.median(trial["step_seconds"][2:])
+    while True:
+        steps = max(6, math.ceil(MARGIN * seconds / step_seconds))
+        done = last_json(run([*command, "--steps", str(steps), "--out", str(out)]))
+        spent = sum(done["step_seconds"])
+        if spent >= seconds:
+            return out, spent
+        step_seconds = spent / steps
 
 
 def rows_of(folder: Path, documents: list[str], length: int, *, joined: bool) -> list[tuple[list[int], list[int]]]:
@@ -123,8 +134,8 @@ def judge(folder: Path, rows: list[tuple[list[int], list[int]]]) -> float:
     return nats / count
 
 
-def main() -> None:
-    """Train all, judge all, append the record."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="of ours")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of ours, that of recipes/pretrain/bert-mini.yaml")
@@ -134,36 +145,50 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=2, choices=[1, 2], help="1: only run_mlm's own learning rate")
     parser.add_argument("--size", choices=["mini", "small"], default="mini", help="of BERT")
     parser.add_argument("--tiny", action="store_true", help="a model too small to mean anything, to try the script")
-    parser.add_argument("--out", type=Path, default=HERE / "results/quality.jsonl")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="default: the results; with --tiny the record is printed")
+    args = parser.parse_args(words)
     args.objective = "masked"
+    if args.tiny:
+        without_compiling()
+        args.steps, args.length, args.rows, args.peers = 4, 64, 4, 1
+    return args
+
+
+def main() -> None:
+    """Train all, judge all, append the record."""
+    args = parse()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         section = prepare(folder, args)
         documents = split(folder)
         trained = {"lmssl": ours(folder, section, args)}
+        precision = load_recipe(folder / "run/recipe.yaml").recipe.train.precision
         seconds = trained["lmssl"][1]
         for lr in (5e-5, args.lr)[: args.peers]:
             name = "Trainer, defaults" if lr == 5e-5 else f"Trainer, learning rate {lr:g}"
-            trained[name] = theirs(folder, args, 3 * seconds, lr)
+            trained[name] = theirs(folder, args, TIMES * seconds, lr)
         rows = {j: rows_of(folder / "model", documents, args.length, joined=j) for j in (False, True)}
         entrants = [
-            {"name": name, "seconds": spent, "loss": judge(path, rows[False]), "loss_joined": judge(path, rows[True])}
+            {
+                "name": name,
+                "seconds": spent,
+                "seconds_ratio": spent / seconds,
+                "loss": judge(path, rows[False]),
+                "loss_joined": judge(path, rows[True]),
+            }
             for name, (path, spent) in trained.items()
         ]
-    record = {
-        "benchmark": "quality",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python benchmarks/bench_quality.py", *(shlex.quote(word) for word in sys.argv[1:])]),
-        "machine": machine(),
-        "model": section,
-        "steps": args.steps,
-        "num_documents": len(documents),
-        "entrants": entrants,
-    }
     print(json.dumps(entrants, indent=1))
-    with args.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    write(
+        place(args, "quality"),
+        "quality",
+        "bench_quality.py",
+        model=section,
+        precision=precision,
+        steps=args.steps,
+        num_documents=len(documents),
+        entrants=entrants,
+    )
 
 
 if __name__ == "__main__":

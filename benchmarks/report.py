@@ -74,8 +74,8 @@ def head(record: dict[str, Any]) -> str:
     lines = [
         "## Masked step, where the head runs\n",
         f"BERT {record['size']}, vocabulary 30,528, {record['rows']} sequences of {record['sequence_length']} tokens, "
-        f"{record['rate']:.0%} masked; bf16, compiled; forward and backward, no update. Memory: the process's peak, "
-        "compiling included, less what it had before.\n",
+        f"{record['rate']:.0%} masked; {record['precision']}, compiled; forward and backward, no update. Memory: the "
+        "process's peak, compiling included, less what it had before.\n",
         "| head | seconds | memory, MB |",
         "| --- | --- | --- |",
     ]
@@ -92,11 +92,13 @@ def quality(record: dict[str, Any]) -> str:
         f"BERT, {record['model']['num_hidden_layers']} layers of {record['model']['hidden_size']}, on python_docs; "
         f"{record['num_documents']} held-out documents, 15 % masked, the same masks for all. Ours counts its whole "
         "process, compilation included; Trainer counts its steps only.\n",
-        "| entrant | seconds | nats per masked token | the same, documents joined |",
-        "| --- | --- | --- | --- |",
+        "| entrant | seconds | / ours | nats per masked token | the same, documents joined |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    ours = record["entrants"][0]["seconds"]
     for row in record["entrants"]:
-        lines.append(f"| {row['name']} | {row['seconds']:.0f} | {row['loss']:.3f} | {row['loss_joined']:.3f} |")
+        time = f"{row['seconds']:.0f} | {row['seconds'] / ours:.2f}"
+        lines.append(f"| {row['name']} | {time} | {row['loss']:.3f} | {row['loss_joined']:.3f} |")
     return "\n".join([*lines, "", where(record)])
 
 
