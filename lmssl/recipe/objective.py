@@ -31,7 +31,7 @@ class Masks(Section):
     evaluation_rate: Float = Field(default=0.15, gt=0, lt=1)
     """Share of targets on held-out text, always the same ones."""
     strategy: Literal["token", "whole_word", "span"] = "token"
-    """What is masked together: a token, all tokens of a word, or a run of words' tokens of geometric length."""
+    """What is masked together: a token, all tokens of a word, or a run of tokens of geometric length."""
     mask_share: Float = Field(default=0.8, ge=0, le=1)
     """Share of targets in whose place the mask token stands (Devlin et al. 2019)."""
     random_share: Float = Field(default=0.1, ge=0, le=1)
@@ -149,7 +149,7 @@ def objective_problems(objective: AnyObjective, data: DataSection, model: ModelB
     """Sentences as in `recipe.sections.contradictions` for objectives, data and models that do not go together."""
     kind = objective.kind
     if isinstance(objective, MaskedObjective) and objective.sentence_task is not None:
-        yield from _sentence_problems(data, model)
+        yield from _sentence_problems(objective, data, model)
     if kind in ("span", "prefix", "hybrid") and not data.document_attention:
         yield (
             f"data.document_attention: the objective {kind} keeps every document to itself; "
@@ -169,7 +169,12 @@ def objective_problems(objective: AnyObjective, data: DataSection, model: ModelB
         )
 
 
-def _sentence_problems(data: DataSection, model: ModelBase) -> Iterator[str]:
+def _sentence_problems(objective: MaskedObjective, data: DataSection, model: ModelBase) -> Iterator[str]:
+    if objective.sentence_task == "next" and data.packing == "none":
+        yield (
+            "objective.sentence_task: next exchanges halves between segments of a sequence, and with "
+            "data.packing=none every sequence has one segment; use order, or leave data.packing out"
+        )
     if isinstance(model, ContinuedModel):
         pass  # its kind is known when it is opened
     elif not isinstance(model, BertModel):

@@ -149,6 +149,7 @@ def test_the_recipe_arrives(root: Path, tokenizer: Tokenizer) -> None:
     ("change", "problem"),
     [
         ([f"model={DISTILBERT}"], "only bert has a class for pairs of sentences, and model.kind is distilbert"),
+        (["data.packing=none"], r"(?s)with data.packing=none every sequence has one segment.*use order, or leave data"),
         (["data.document_attention=false"], "asks about every segment by itself"),
         (["data.cls=false"], "data.cls"),
         (["data.sep=false"], "data.sep"),
@@ -159,3 +160,12 @@ def test_the_recipe_arrives(root: Path, tokenizer: Tokenizer) -> None:
 def test_what_does_not_go_together_is_refused(root: Path, change: list[str], problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
         load_recipe(root / "recipes/debug/sentence-bert.yaml", change)
+
+
+def test_segments_that_stand_alone_can_be_asked_about_their_order(root: Path, tokenizer: Tokenizer) -> None:
+    """One document in each sequence: half of their halves are swapped, and none could be exchanged."""
+    change = ["data.packing=none", "objective.sentence_task=order"]
+    assert load_recipe(root / "recipes/debug/sentence-bert.yaml", change).recipe.data.packing == "none"
+    alone = batch(*([12 + row] for row in range(20)))
+    assert objective(tokenizer, "order").prepare(alone).counts["sentence"] == 20
+    assert objective(tokenizer, "next").prepare(alone).counts["sentence"] == 0
