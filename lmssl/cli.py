@@ -14,6 +14,7 @@ import typer
 
 from lmssl import __version__
 from lmssl.errors import LmsslError, Preempted, RecipeError
+from lmssl.output import complain, silence
 from lmssl.verbs import export, push, train, verify
 
 INTERRUPTED = 130
@@ -344,8 +345,7 @@ def _guarded(run: Callable[[], int], debug: bool) -> int:
         _complain("interrupted", "by the keyboard")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has left. What is still buffered goes nowhere, or Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)  # the reader has left
         return BROKEN_PIPE
 
 
@@ -354,7 +354,7 @@ def _complain(label: str, text: str) -> None:
     who = f"[rank {rank}] " if rank != "0" else ""
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     shown = typer.style(f"{label}:", fg="red", bold=True) if coloured else f"{label}:"
-    print(f"{who}{shown} {text}", file=sys.stderr)
+    complain(f"{who}{shown} {text}")
 
 
 def _usage(error: Any) -> str:

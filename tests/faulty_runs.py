@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,18 @@ LAUNCHERS = {
 class FaultyRun:
     """One launch of `lmssl train` with a fault."""
 
-    def __init__(self, folder: Path, recipe: Path, fault: str = "", *, launcher: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Path,
+        fault: str = "",
+        *,
+        launcher: str | None = None,
+        through: Sequence[str] = (),
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> None:
+        """Args: `through`: a command that runs the command after it; `stdout`, `stderr`: instead of `output`."""
         self.folder = folder
         for old in folder.glob("go-*"):
             old.unlink()
@@ -65,9 +76,9 @@ class FaultyRun:
             environment["ACCELERATE_USE_CPU"] = "true"
         self._out = (folder / "output").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, *start, str(script), "train", str(recipe)],
-            stdout=self._out,
-            stderr=subprocess.STDOUT,
+            [*through, sys.executable, *start, str(script), "train", str(recipe)],
+            stdout=self._out if stdout is None else stdout,
+            stderr=self._out if stderr is None else stderr,
             env=environment,
             start_new_session=True,
         )
@@ -145,13 +156,23 @@ def bad_text(positions: Collection[int]) -> Iterator[None]:
 
 
 @contextmanager
-def faulty_run(folder: Path, recipe: Path, fault: str = "", *, launcher: str | None = None) -> Iterator[FaultyRun]:
-    """A run that is ended whatever happens."""
-    run = FaultyRun(folder, recipe, fault, launcher=launcher)
+def faulty_run(folder: Path, recipe: Path, fault: str = "", **how: Any) -> Iterator[FaultyRun]:
+    """A run that is ended whatever happens; `how` as `FaultyRun` has it."""
+    run = FaultyRun(folder, recipe, fault, **how)
     try:
         yield run
     finally:
         run.close()
+
+
+def own_mounts(script: str = 'exec "$@"', *arguments: str) -> list[str]:
+    """What runs the command after it where mounts are its own and gone at its end.
+
+    Args:
+        script: of the shell, which has `arguments`, then the command in `"$@"`.
+    """
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    return [*namespace, "sh", "-c", script, "sh", *arguments]
 
 
 def wait(condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lmssl.output import BestEffort
+
 
 class RunConsole:
-    """Prints notes and progress; silent on all but the main process."""
+    """Prints notes and progress; silent on all but the main process, and where nothing can be printed any more."""
 
     def __init__(self, *, enabled: bool, total_tokens: int, first_tokens: int) -> None:
         self.enabled = enabled
         self.total_tokens = total_tokens
-        self._console = Console(highlight=False, soft_wrap=True)
+        # A closed pipe would make rich end the process, and a full disk would end training.
+        self._console = Console(file=cast(IO[str], BestEffort(sys.stdout)), highlight=False, soft_wrap=True)
         self._live = enabled and self._console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),

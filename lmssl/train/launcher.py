@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from lmssl.errors import TrainingError
+from lmssl.output import complain
 
 LOOK_SECONDS = 1.0
 MEET_SECONDS = 10.0
@@ -51,7 +51,7 @@ class Launcher:
             if self._closed.wait(LOOK_SECONDS):
                 return
         if self._request_stop is None:
-            print("error: the launcher is gone; this rank ends before its first step", file=sys.stderr, flush=True)
+            complain("error: the launcher is gone; this rank ends before its first step")
             os._exit(TrainingError.exit_code)
         self._request_stop()
 

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class RunLock:
     def release(self) -> None:
         """Give it back; harmless where it is not held."""
         if self._lock is not None:
-            (self._run / OWNER).unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that became read-only; the next owner writes another
+                (self._run / OWNER).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
 

@@ -16,7 +16,6 @@ import faulthandler
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from typing import Any
 import psutil
 
 from lmssl.errors import TrainingError
+from lmssl.output import complain
 from lmssl.train.phases import ENDED, Phases
 
 BEAT_SECONDS = 1.0
@@ -154,7 +154,7 @@ class Watch:
     def _end(self, failure: str) -> None:
         """Leave without the main thread, which waits for something that will not come."""
         who = f"[rank {self._rank}] " if self._rank else ""
-        print(f"{who}error: {failure}; this rank ends in {self._phases}", file=sys.stderr, flush=True)
+        complain(f"{who}error: {failure}; this rank ends in {self._phases}")
         for child in psutil.Process().children(recursive=True):
             try:
                 child.kill()

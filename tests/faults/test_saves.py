@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from faulty_runs import own_mounts
 from lmssl import checkpoint
 from runs import assert_equal_runs, small_recipe, write_recipe
 
@@ -129,9 +130,8 @@ MOUNTED = 'mount -t tmpfs -o size={size} tmpfs "$1" && shift && exec "$@"'
 
 def on_small_disk(folder: Path, size: str, command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command in a mount namespace of its own, where a folder is a disk of `size`; gone when it ends."""
-    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
-    script = ["sh", "-c", MOUNTED.format(size=size), "sh", str(folder)]
-    return subprocess.run([*namespace, *script, *command], capture_output=True, text=True, timeout=280, check=False)
+    through = own_mounts(MOUNTED.format(size=size), str(folder))
+    return subprocess.run([*through, *command], capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.fixture
