@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,16 @@ _FIELDS = {field.name: field.default is MISSING for field in fields(LedgerEntry)
 class Ledger:
     """Windows in order, by corpus; entries are only ever appended."""
 
-    def __init__(self, stages: Iterable[Stage], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        stages: Iterable[Stage],
+        settings: Mapping[str, Any],
+        files: Mapping[str, Sequence[tuple[str, int, str]]] | None = None,
+    ) -> None:
         self.settings = dict(settings)
         """What the order depends on, by recipe field; compared when a run continues."""
+        self.files = dict(files or {})
+        """Of each corpus what tells its files from others, see `marks`; empty in ledgers of earlier versions."""
         self._entries: dict[str, list[LedgerEntry]] = {}
         self._ends: dict[str, list[int]] = {}
         self.stages = tuple(stages)
@@ -142,7 +149,7 @@ class Ledger:
 
     def up_to(self, counts: Mapping[str, int]) -> Ledger:
         """The windows that hold the first `counts[corpus]` sequences of each corpus, and no more."""
-        kept = Ledger(self.stages, self.settings)
+        kept = Ledger(self.stages, self.settings, self.files)
         for corpus, count in counts.items():
             found = self.find(corpus, count - 1) if count else None
             for entry in self.entries(corpus)[: found[0] + 1 if found else 0]:
@@ -169,7 +176,7 @@ class Ledger:
             first, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             if first["format"] != _FORMAT:
                 raise ValueError(f"its format is {first['format']}, this version reads {_FORMAT}")
-            ledger = cls([Stage.from_json(stage) for stage in first["stages"]], first["settings"])
+            ledger = cls([Stage.from_json(stage) for stage in first["stages"]], first["settings"], first.get("files"))
             for line in lines:
                 ledger.append(LedgerEntry(**{name: line[name] for name in _FIELDS if name in line or _FIELDS[name]}))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -181,6 +188,8 @@ class Ledger:
     def text(self) -> str:
         """The JSON lines that `load` reads."""
         first = {"format": _FORMAT, "stages": [stage.to_json() for stage in self.stages], "settings": self.settings}
+        if self.files:
+            first["files"] = self.files
         entries = (_plain(entry) for corpus in sorted(self._entries) for entry in self._entries[corpus])
         return "".join(json.dumps(line) + "\n" for line in (first, *entries))
 

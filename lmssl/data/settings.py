@@ -12,6 +12,7 @@ from typing import Any
 from lmssl.data.corpus import Unit
 from lmssl.data.layout import Layout
 from lmssl.data.ledger import Ledger
+from lmssl.data.marks import refuse_other_files
 from lmssl.data.order import Stage
 from lmssl.data.stages import STAGES, begun_stages, stages_setting
 from lmssl.errors import DataError
@@ -65,13 +66,18 @@ def order_settings(
 
 
 def continued(
-    ledger: Ledger, settings: Mapping[str, Any], section: DataSection, read_positions: int | None
+    ledger: Ledger,
+    settings: Mapping[str, Any],
+    units: Sequence[Sequence[Unit]],
+    section: DataSection,
+    read_positions: int | None,
 ) -> tuple[Stage, ...]:
     """The stages of a ledger that go on as they are.
 
     Raises:
-        DataError: a setting is not the ledger's, or a stage that the run has read of.
+        DataError: a file or setting is not the ledger's, or a stage that the run has read of.
     """
+    refuse_other_files(ledger.files, units)
     _refuse_changes(ledger.settings, settings)
     return begun_stages(ledger, section, read_positions)
 

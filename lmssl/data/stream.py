@@ -14,6 +14,7 @@ from lmssl.data.corpus import Unit, check_first_record, list_units, mixture_weig
 from lmssl.data.epochs import Epochs
 from lmssl.data.layout import Layout
 from lmssl.data.ledger import Ledger
+from lmssl.data.marks import mark_files
 from lmssl.data.order import Order
 from lmssl.data.overlaps import EvaluationText, read_evaluation_text
 from lmssl.data.records import BadRecord
@@ -119,8 +120,8 @@ class SequenceStream:
         for line in chain.from_iterable(map(source_notes, units)):
             say(line)
         settings = order_settings(section, layout, tokenizer, units)
-        begun = () if ledger is None else continued(ledger, settings, section, read_positions)
-        ledger = ledger or Ledger((), settings)
+        begun = () if ledger is None else continued(ledger, settings, units, section, read_positions)
+        ledger = ledger or Ledger((), settings, mark_files(units))
         ledger.settings = settings
         cancel = threading.Event()
         cache = ChunkCache(

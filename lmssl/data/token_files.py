@@ -240,7 +240,7 @@ def _open_datatrove(path: str) -> TokenFile:
 
 
 def _open_megatron(path: str) -> TokenFile:
-    index, num_bytes = _index_path(path), os.path.getsize(path)
+    index, num_bytes = index_path(path), os.path.getsize(path)
     with open(index, "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
@@ -300,11 +300,12 @@ def _metadata(path: str) -> tuple[str, int] | None:
 
 
 def _version(path: str) -> str:
-    beside = _index_path(path)
+    beside = index_path(path)
     return f"{file_version(path)}+{file_version(beside)}"
 
 
-def _index_path(path: str) -> str:
+def index_path(path: str) -> str:
+    """The index that lies beside a token file."""
     return f"{path.removesuffix('.bin')}.idx" if path.endswith(".bin") else f"{path}.index"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,6 @@ def test_a_flipped_bit_in_a_cached_chunk(tmp_path: Path, open_stream: Any, name:
 
 
 def test_a_chunk_that_vanishes_while_a_run_reads(tmp_path: Path, open_stream: Any) -> None:
-    import shutil
-
     corpus = write(tmp_path / "a.jsonl")
     stream = open_stream(corpus)
     stream.build_ahead(0)
@@ -117,36 +116,92 @@ def test_a_chunk_that_vanishes_while_a_run_reads(tmp_path: Path, open_stream: An
         stream.sequence(0)
 
 
-CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "other content of the same size": (
-        lambda folder: (folder / "2.jsonl").write_bytes((folder / "2.jsonl").read_bytes().replace(b"1", b"7")),
-        "text of corpus 'c' changed",
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return harm
+
+
+def swap(folder: Path) -> None:
+    """The sum of the sizes and the names stay."""
+    longer, shorter = ((folder / name).read_bytes() for name in ("2.jsonl", "3.jsonl"))
+    assert len(longer) != len(shorter)
+    (folder / "2.jsonl").write_bytes(shorter)
+    (folder / "3.jsonl").write_bytes(longer)
+
+
+OTHER, FILES = "the text of corpus 'c' changed since the run began", "the files of corpus 'c' are not those"
+CHANGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "other content of the same size": (rewrite("2.jsonl", lambda raw: raw.replace(b"1", b"7")), OTHER, "2.jsonl"),
+    "one byte in the middle": (
+        rewrite("2.jsonl", lambda raw: raw[: len(raw) // 2] + b"0" + raw[len(raw) // 2 + 1 :]),
+        OTHER,
+        "2.jsonl",
     ),
-    "longer": (
-        lambda folder: (folder / "2.jsonl").write_bytes((folder / "2.jsonl").read_bytes() + b'{"text": "x"}\n'),
-        "the files of corpus 'c'",
-    ),
-    "removed": (lambda folder: (folder / "2.jsonl").unlink(), "the files of corpus 'c'"),
-    "added": (lambda folder: (folder / "9.jsonl").write_bytes(b'{"text": "x"}\n'), "the files of corpus 'c'"),
-    "renamed": (lambda folder: (folder / "2.jsonl").rename(folder / "8.jsonl"), "the files of corpus 'c'"),
+    "longer": (rewrite("2.jsonl", lambda raw: raw + b'{"text": "x"}\n'), OTHER, "2.jsonl"),
+    "sizes swapped": (swap, OTHER, "2.jsonl, 3.jsonl"),
+    "removed": (lambda folder: (folder / "2.jsonl").unlink(), FILES, "gone: 2.jsonl"),
+    "added": (lambda folder: (folder / "9.jsonl").write_bytes(b'{"text": "x"}\n'), FILES, "new: 9.jsonl"),
+    "renamed": (lambda folder: (folder / "2.jsonl").rename(folder / "8.jsonl"), FILES, "gone: 2.jsonl; new: 8.jsonl"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_files_that_changed_since_the_run_began(tmp_path: Path, open_stream: Any, change: str) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five files of a corpus, each of several chunks."""
     folder = tmp_path / "c"
     folder.mkdir()
     for number in range(5):
         rows = LINES.splitlines(keepends=True)[number * 80 : number * 80 + 80]
         (folder / f"{number}.jsonl").write_bytes(b"".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize("reach", ["whole", "first window", "nothing"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_that_changed_since_the_run_began(
+    tmp_path: Path, open_stream: Any, folder: Path, change: str, reach: str
+) -> None:
+    """Whether the run has come to the file or not."""
     corpus = JsonlCorpus(name="c", kind="jsonl", path=str(folder))
     first = open_stream(corpus)
-    read_epoch(first)
-    harm, reason = CHANGES[change]
+    if reach == "whole":
+        read_epoch(first)
+    elif reach == "first window":
+        first.sequence(0)
+        assert not first.ledger.entries("c")[-1].ends_epoch
+    first.ledger.save(tmp_path / "ledger.jsonl")
+    harm, reason, named = CHANGES[change]
     harm(folder)
     with pytest.raises(DataError, match=reason) as caught:
-        read_epoch(open_stream(corpus, ledger=first.ledger))
-    assert "c" in str(caught.value.where) and caught.value.remedy
+        open_stream(corpus, ledger=Ledger.load(tmp_path / "ledger.jsonl"))
+    assert str(caught.value.where).replace(f"{folder}/", "") == named and caught.value.remedy
+
+
+def test_files_that_are_the_same_under_other_times_and_folders(tmp_path: Path, open_stream: Any, folder: Path) -> None:
+    first = open_stream(JsonlCorpus(name="c", kind="jsonl", path=str(folder)))
+    first.sequence(0)
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        os.utime(path, ns=(5, 5))
+    moved = open_stream(JsonlCorpus(name="c", kind="jsonl", path=str(tmp_path / "copy")), ledger=first.ledger)
+    assert read_epoch(moved) == read_epoch(first)
+
+
+def test_a_ledger_from_before_there_were_marks(tmp_path: Path, open_stream: Any, folder: Path) -> None:
+    """Its run continues, and what changed is found by the checksum of its window, if the run came to it."""
+    corpus = JsonlCorpus(name="c", kind="jsonl", path=str(folder))
+    first = open_stream(corpus)
+    rows = read_epoch(first)
+    first.ledger.save(tmp_path / "ledger.jsonl")
+    about, *entries = (tmp_path / "ledger.jsonl").read_text().splitlines(keepends=True)
+    old = {key: value for key, value in json.loads(about).items() if key != "files"}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(old) + "\n" + "".join(entries))
+    assert read_epoch(open_stream(corpus, ledger=Ledger.load(tmp_path / "ledger.jsonl"))) == rows
+    CHANGES["other content of the same size"][0](folder)
+    with pytest.raises(DataError, match="changed since the run's last checkpoint"):
+        read_epoch(open_stream(corpus, ledger=Ledger.load(tmp_path / "ledger.jsonl")))
 
 
 @pytest.mark.parametrize("change", ["content", "removed"])
