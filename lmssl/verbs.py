@@ -104,6 +104,7 @@ def export(
         max_shard_size=max_shard_size,
         gguf=gguf,
         onnx=onnx,
+        private=_private_words(),
     )
 
 
@@ -124,16 +125,12 @@ def push(
     token: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Upload an export, or the checkpoints of a run, to the Hugging Face Hub; repeated, it goes on where it stopped."""
-    import platform
-
     from lmssl.push.run import Push, refuse_token
     from lmssl.push.run import push as run
-    from lmssl.release.private import private_words
 
     refuse_token(token)
-    private = private_words(home=Path.home(), working=Path.cwd(), host=platform.node())
     wanted = Push(source, repo, public, license, dry_run, revisions, step, ema, average, dtype, max_shard_size)
-    run(wanted, sleep=time.sleep, private=private, report=typer.echo)
+    run(wanted, sleep=time.sleep, private=_private_words(), report=typer.echo)
 
 
 def verify(
@@ -143,3 +140,17 @@ def verify(
     from lmssl.checkpoint.verify import verify as run_verify
 
     run_verify(run, typer.echo)
+
+
+def _private_words() -> tuple[str, ...]:
+    """What tells of this machine and who uses it."""
+    import getpass
+    import platform
+
+    from lmssl.release.private import private_words
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a number without a name, as containers have
+        user = ""
+    return private_words(home=Path.home(), working=Path.cwd(), host=platform.node(), user=user)

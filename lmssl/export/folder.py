@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def export_run(
     max_shard_size: str = MAX_SHARD_SIZE,
     gguf: bool = False,
     onnx: bool = False,
+    private: Sequence[str] = (),
 ) -> Exported:
     """Export a run's checkpoint as a transformers folder and prove it in a process that never imports lmssl.
 
@@ -60,6 +61,7 @@ def export_run(
         max_shard_size: of one file of weights, such as 5GB.
         gguf: also write a file for llama.cpp.
         onnx: also write a file for onnxruntime, in float32.
+        private: words that must not be in any file, beside what is always looked for.
     Raises:
         CheckpointError: no valid checkpoint, too few to average, or none with averages.
         ExportError: `out` is taken or not writable, or the reloaded model differs from the checkpoint.
@@ -85,7 +87,7 @@ def export_run(
             difference = max(difference, _write_gguf(parts[0].model, tokenizer, partial, recipe.name, split, weights))
         if onnx:
             difference = max(difference, write_onnx(parts[0].model, partial / "onnx" / "model.onnx"))
-        _describe(partial, Facts(run, found, parts[0].model.num_parameters(), asdict(weights)))
+        _describe(partial, Facts(run, found, parts[0].model.num_parameters(), asdict(weights)), private)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -149,19 +151,19 @@ def _write_gguf(
     return verify_gguf(model, tokenizer, path)
 
 
-def _describe(folder: Path, facts: Facts) -> None:
+def _describe(folder: Path, facts: Facts, private: Sequence[str]) -> None:
     """Card, marker and the search for what is private; then everybody may read the files."""
     write_card(folder, facts)
     source = source_of(facts.found.path, facts.weights)
     write_marker(folder, {"identity": run_identity(facts.run), "name": facts.recipe.name, "source": source})
-    _check_private(folder)
+    _check_private(folder, private)
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
 
 
-def _check_private(folder: Path) -> None:
-    found = list(findings(folder))
+def _check_private(folder: Path, words: Sequence[str]) -> None:
+    found = list(findings(folder, words))
     if found:
         raise ExportError(
             f"something private would be written: {'; '.join(found[:3])}",

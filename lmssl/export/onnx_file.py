@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +61,44 @@ def check_onnx(model: PreTrainedModel) -> None:
 
 
 def write_onnx(model: PreTrainedModel, path: Path) -> float:
-    """Write and run; returns the largest difference of logits, over two shapes, one of them with padding.
+    """Write and run; returns the largest difference of logits, over two shapes, with padding on both sides.
 
     Args:
-        model: in float32, with stock attention.
+        model: in float32, with any attention; the file holds torch's own, which minds the mask.
     Raises:
-        ExportError: onnxruntime gives other logits.
+        ExportError: onnxruntime gives other logits than the model with its plainest attention.
     """
     module = _Logits(model).eval()
     length = min(16, max_tokens(model.config) or 16)
     example = _example(2, length, model.config.vocab_size)
+    with _stock_attention(model, "sdpa"):
+        program = _program(module, example)
+    path.parent.mkdir(exist_ok=True)
+    large = 4 * sum(parameter.numel() for parameter in model.parameters()) > _LARGEST_WHOLE_BYTES
+    program.save(str(path), external_data=large)
+    with _stock_attention(model, "eager"):
+        return _verify(module, path, (example, _example(3, length - 5, model.config.vocab_size)))
+
+
+@contextmanager
+def _stock_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """One of transformers' own attentions in all parts, "eager" in those that know no other."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    before = [str(part.config._attn_implementation) for part in parts]
+    try:
+        for part in parts:
+            try:
+                part.set_attn_implementation(name)
+            except ValueError:
+                part.set_attn_implementation("eager")
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            part.set_attn_implementation(own)
+
+
+def _program(module: nn.Module, example: dict[str, Tensor]) -> Any:
+    """What the exporter makes of a module, without paths of this machine."""
     shapes = {name: {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")} for name in example}
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -90,10 +120,7 @@ def write_onnx(model: PreTrainedModel, path: Path) -> float:
     if program is None:
         raise ExportError("torch wrote no ONNX program", where="--onnx", remedy="leave it out")
     _strip(program.model)
-    path.parent.mkdir(exist_ok=True)
-    large = 4 * sum(parameter.numel() for parameter in model.parameters()) > _LARGEST_WHOLE_BYTES
-    program.save(str(path), external_data=large)
-    return _verify(module, path, (example, _example(3, length - 5, model.config.vocab_size)))
+    return program
 
 
 def _strip(program: Any) -> None:
@@ -115,6 +142,7 @@ def _strip(program: Any) -> None:
 def _example(num_texts: int, length: int, vocab_size: int) -> dict[str, Tensor]:
     ids = (torch.arange(num_texts * length).reshape(num_texts, length) * 7 + 5) % vocab_size
     mask = torch.ones_like(ids)
+    mask[0, : length // 4] = 0
     mask[-1, length // 2 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
 

@@ -139,8 +139,9 @@ class _Pushing:
 
             source = folder / "export"
             weights = ExportWeights(wanted.ema, wanted.average, wanted.dtype)
+            size = wanted.max_shard_size
             export_run(
-                wanted.source, step, source, lambda _: None, weights=weights, max_shard_size=wanted.max_shard_size
+                wanted.source, step, source, lambda _: None, weights=weights, max_shard_size=size, private=self.private
             )
         staged = stage(source, folder / "staged", public=wanted.public, licence=wanted.licence, private=self.private)
         if staged.left_out:

@@ -18,13 +18,19 @@ SECRETS = {
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "a password in a URL": re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']+:[^\s/@\"']+@"),
 }
-HOME = re.compile(r"(?<![\w.~-])(?:file://)?/(?:home|Users|root)/[\w.-]+")
-"""A folder of a person."""
+HOME = re.compile(r"(?:(?<![\w.~-])(?:file://)?/|(?:\.\./)+)(?:home|Users|root)/[\w.-]+")
+"""A folder of a person, also by the way up from here."""
+
+_COMMON_USERS = ("root", "user", "admin", "ubuntu", "debian", "runner", "test", "app", "data", "work", "home")
+"""Accounts that name nobody."""
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Tokens were learned from text: whatever looks like a path there is a word that was frequent."""
 
-_ABSOLUTE = re.compile(r"^(?:file://)?(?:~|/|[A-Za-z]:[\\/]|\\\\)")
+_ABSOLUTE = re.compile(r"^(?:file://)?(?:~|/|[A-Za-z]:[\\/]|\\\\)|(?:^|[\\/])\.\.[\\/]")
+"""A way up from the working folder tells as much as an absolute path."""
+
+_URL = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]*://\S+")
 _MAX_TEXT_BYTES = 64 << 20
 
 
@@ -32,9 +38,11 @@ def findings(folder: Path, words: Sequence[str] = ()) -> Iterator[str]:
     """Sentences on what is private in the files of a folder; secrets themselves are not repeated.
 
     Args:
-        words: found anywhere as whole words, they are private as well: a home folder, a host, a user.
+        words: found as whole words, they are private as well: a host anywhere; a part of a path (`/home/ann`, `/ann`)
+            outside of URLs, which belong to everybody.
     """
-    patterns = [re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])") for word in words if word]
+    hosts = [re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])") for word in words if word and word[0] != "/"]
+    paths = [HOME, *(re.compile(rf"{re.escape(word)}(?![\w-])") for word in words if word[:1] == "/")]
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         text = _text(path)
@@ -43,9 +51,8 @@ def findings(folder: Path, words: Sequence[str] = ()) -> Iterator[str]:
                 yield f"{what} in {name}"
         if path.name in _VOCABULARIES:
             continue
-        for pattern in (HOME, *patterns):
-            match = pattern.search(text)
-            if match:
+        for place, patterns in ((text, hosts), (_URL.sub("", text), paths)):
+            for match in filter(None, (pattern.search(place) for pattern in patterns)):
                 yield f"{match[0]!r} in {name}"
 
 
@@ -60,7 +67,7 @@ def _text(path: Path) -> str:
 
 
 def shortened(value: Any) -> Any:
-    """Values of a recipe with absolute paths cut to their last part, and without passwords, queries and tokens in them.
+    """Values of a recipe without passwords, queries and tokens, and with telling paths cut to their last part.
 
     >>> shortened({"path": ["/data/ann/corpus/*.txt", "corpora/*.txt"], "url": "https://ann:pw@host/x.txt?sig=1"})
     {'path': ['.../*.txt', 'corpora/*.txt'], 'url': 'https://host/x.txt'}
@@ -77,16 +84,18 @@ def shortened(value: Any) -> Any:
     if "://" in value and not value.startswith("file://"):
         parts = urlsplit(value)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    if _ABSOLUTE.match(value):
+    if _ABSOLUTE.search(value):
         return f".../{PurePosixPath(value.replace(chr(92), '/')).name}"
     return value
 
 
-def private_words(*, home: Path, working: Path, host: str) -> tuple[str, ...]:
-    """Words that would tell where a model was made: two folders and the machine's name where it is a telling one.
+def private_words(*, home: Path, working: Path, host: str, user: str = "") -> tuple[str, ...]:
+    """Words that would tell where a model was made: two folders, a user's folder, the machine if its name is telling.
 
-    >>> private_words(home=Path("/users/ann"), working=Path("/"), host="localhost")
-    ('/users/ann',)
+    >>> private_words(home=Path("/users/ann"), working=Path("/"), host="localhost", user="ann")
+    ('/users/ann', '/ann')
     """
     folders = [str(path) for path in (home, working) if len(path.parts) > 1]
-    return (*dict.fromkeys(folders), *([host] if len(host) > 3 and re.search(r"[\d.-]", host) else []))
+    # Alone, a name may be a word of the card; in a path it is a folder of theirs.
+    users = [f"/{user}"] if len(user) > 2 and user not in _COMMON_USERS else []
+    return (*dict.fromkeys([*folders, *users]), *([host] if len(host) > 3 and re.search(r"[\d.-]", host) else []))

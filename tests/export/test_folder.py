@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmssl import checkpoint
+from lmssl.cli import main
 from lmssl.errors import CheckpointError, ExportError
 from lmssl.export import export_run, verify
+from lmssl.export.onnx_file import PACKAGES
 from lmssl.recipe.load import load_recipe
+from lmssl.release import private
+from lmssl.release.private import findings
 from lmssl.train.run import train
 from runs import small_recipe, write_recipe
 
@@ -83,6 +87,29 @@ def test_what_transformers_4_and_others_need_is_there(out: Path) -> None:
         "tokenizer_config.json",
         "training_curve.svg",
     }
+
+
+@pytest.mark.slow
+def test_the_command_with_both_further_formats(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("gguf", *PACKAGES):
+        pytest.importorskip(package)
+    seen: list[tuple[str, ...]] = []
+    private_words = private.private_words
+    monkeypatch.setattr(private, "private_words", lambda **given: seen.append(words := private_words(**given)) or words)
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--onnx", "--gguf"]) == 0, capsys.readouterr().err
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-3
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert {"small.gguf", "onnx/model.onnx", "model.safetensors"} <= written
+    assert list(findings(tmp_path / "out", (*seen[0], str(run.parent), str(tmp_path)))) == []
+
+
+def test_a_private_word_stops_an_export(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmssl.export.folder._write_part", lambda *_, **__: 0.0)  # the card is enough
+    with pytest.raises(ExportError, match="something private would be written: 'small'"):
+        export_run(run, None, tmp_path / "out", private=("small",))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_relative_folders_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from lmssl.objective.base import MicroBatch
 from lmssl.objective.build import build_objective
 from lmssl.objective.module import LossModule
 from lmssl.recipe.load import load_recipe
+from lmssl.release.private import findings
 from lmssl.tokenizer.load import load_tokenizer
 from lmssl.train.run import train
 from runs import small_recipe, write_recipe
@@ -43,6 +44,10 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     run = train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)))
     export_run(run, None, folder / "out", lambda _: None)
     return folder / "out"
+
+
+def test_nothing_tells_where_it_was_made(exported: Path) -> None:
+    assert list(findings(exported, (str(exported.parent), str(Path.cwd()), "/" + exported.parent.name))) == []
 
 
 def kind_of(exported: Path) -> str:

@@ -28,6 +28,7 @@ from lmssl.model.head import IGNORE
 from lmssl.objective.build import build_objective
 from lmssl.objective.module import LossModule
 from lmssl.recipe.load import load_recipe
+from lmssl.release.private import findings
 from lmssl.tokenizer.load import load_tokenizer
 from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
@@ -53,6 +54,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Pat
     run = train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)))
     export_run(run, None, folder / "out", lambda _: None)
     return folder / "out"
+
+
+def test_nothing_tells_where_it_was_made(exported: Path) -> None:
+    assert list(findings(exported, (str(exported.parent), str(Path.cwd()), "/" + exported.parent.name))) == []
 
 
 def test_the_losses_after_reloading_are_those_before(exported: Path) -> None:

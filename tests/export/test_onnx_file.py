@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import PreTrainedModel
 
+from kinds import PAD, VOCAB, tiny, with_attention
 from lmssl.errors import ExportError
 from lmssl.export import onnx_file
 from lmssl.export.onnx_file import check_onnx, write_onnx
@@ -17,41 +18,51 @@ from lmssl.export.onnx_file import check_onnx, write_onnx
 for package in onnx_file.PACKAGES:
     pytest.importorskip(package)
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "modernbert", "roberta", "electra")]
 
 
-def model_of(auto_class: Any, kind: str, **sizes: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=128, pad_token_id=0, **sizes)
-    return auto_class.from_config(config).eval()
-
-
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_the_same_logits(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bert", *SLOW])
+def test_the_logits_of_stock_attention(kind: str, tmp_path: Path) -> None:
     import onnxruntime
 
-    auto_class = AutoModelForCausalLM if kind == "llama" else AutoModelForMaskedLM
-    model = model_of(auto_class, kind, max_position_embeddings=64, **SIZES)
-    assert write_onnx(model, tmp_path / "onnx" / "model.onnx") < 1e-5
+    model = tiny(kind, objective="causal" if kind == "llama" else "masked")  # with our attention, as a run has it
+    assert write_onnx(model, tmp_path / "onnx" / "model.onnx") < 1e-4
+    assert {part.config._attn_implementation for part in parts(model)} == {"document"}
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
-    ids = torch.randint(0, 128, (1, 33), generator=torch.Generator().manual_seed(1))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = torch.randint(8, VOCAB, (3, 33), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    mask[2, :9] = 0
+    inputs = {"input_ids": ids.where(mask.bool(), torch.tensor(PAD)), "attention_mask": mask}
     (found,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), model(**inputs).logits, rtol=1e-4, atol=1e-5)
+        wanted = with_attention(model, "eager")(**inputs).logits
+    torch.testing.assert_close(torch.from_numpy(found)[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
     content = (tmp_path / "onnx" / "model.onnx").read_bytes()
     assert not any(path in content for path in (b"site-packages", b".py\n", b"/lmssl/", str(Path.cwd()).encode()))
 
 
-def test_what_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_file, "TOLERANCE", -1.0)
-    model = model_of(AutoModelForCausalLM, "llama", max_position_embeddings=64, **SIZES)
+def parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+@pytest.mark.slow
+def test_a_file_that_ignores_the_mask_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = onnx_file._program
+
+    def with_ours(module: Any, example: Any) -> Any:
+        with_attention(module.model, "document")
+        return export(module, example)
+
+    monkeypatch.setattr(onnx_file, "_program", with_ours)
+    model = tiny("bert")
     with pytest.raises(ExportError, match="onnxruntime gives other logits"):
         write_onnx(model, tmp_path / "model.onnx")
+    assert {part.config._attn_implementation for part in parts(model)} == {"document"}
 
 
 def test_what_is_refused_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    t5 = model_of(AutoModelForSeq2SeqLM, "t5", d_model=16, d_ff=16, num_layers=1, num_heads=1, d_kv=16)
+    t5 = tiny("t5", objective="span")
     with pytest.raises(ExportError, match="a t5 model reads two texts"):
         check_onnx(t5)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -22,6 +22,7 @@ PRIVATE = {
     "s3://ann:pw12@bucket/x": "a password in a URL",
     f"cache: {HOME}/x": HOME,
     f'"file://{HOME}/x"': HOME,
+    f"path: ../..{HOME}/x": f"../..{HOME}",
 }
 
 
@@ -46,6 +47,15 @@ def test_words_and_what_only_looks_like_them(tmp_path: Path) -> None:
     assert list(findings(tmp_path, ("node-9", ""))) == []
 
 
+def test_a_user_in_a_path_and_not_in_a_sentence_or_an_address(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("by ann; https://huggingface.co/ann/model; /annals; s3://bucket/ann/x")
+    assert list(findings(tmp_path, ("/ann",))) == []
+    for path in ("../ann/corpora", "nas/ann/x", "file:///nas/ann"):
+        readme.write_text(f"see {path}")
+        assert list(findings(tmp_path, ("/ann",))) == ["'/ann' in README.md"]
+
+
 def test_a_vocabulary_may_hold_paths_and_no_token(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps([f"{HOME}/x", "node-7"]))
     assert list(findings(tmp_path, ("node-7",))) == []
@@ -60,6 +70,7 @@ def test_recipes_keep_all_but_where_things_are() -> None:
         "url": "https://ann:pw@host:8/x?sig=1#y",
         "note": f"see {TOKEN}",
         "file": f"file://{HOME}/z.txt",
+        "up": ["../../home/ann/*.txt", "a/../../ann/x", "a..b/x", r"..\ann\y.txt"],
         "none": None,
     }
     assert shortened(recipe) == {
@@ -68,6 +79,7 @@ def test_recipes_keep_all_but_where_things_are() -> None:
         "url": "https://host:8/x",
         "note": "see (removed)",
         "file": ".../z.txt",
+        "up": [".../*.txt", ".../x", "a..b/x", ".../y.txt"],
         "none": None,
     }
 
@@ -75,3 +87,5 @@ def test_recipes_keep_all_but_where_things_are() -> None:
 def test_a_machine_without_a_telling_name() -> None:
     assert private_words(home=Path("/"), working=Path("/"), host="localhost") == ()
     assert private_words(home=Path("/a/b"), working=Path("/a/b"), host="gpu-17") == ("/a/b", "gpu-17")
+    assert private_words(home=Path("/"), working=Path("/"), host="x", user="root") == ()
+    assert private_words(home=Path("/a/ann"), working=Path("/"), host="x", user="ann") == ("/a/ann", "/ann")
