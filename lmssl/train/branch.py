@@ -14,11 +14,10 @@ from pathlib import Path
 from lmssl import checkpoint
 from lmssl.checkpoint import Checkpoint
 from lmssl.errors import CheckpointError
-from lmssl.optim.schedule import lr_ratio
 from lmssl.recipe.load import Loaded, difference, load_recipe
 from lmssl.recipe.schedule import ConstantSchedule, WsdSchedule
 from lmssl.recipe.sections import Recipe
-from lmssl.train.changes import FREE_FIELDS, LENGTH_FIELDS, same_history, under
+from lmssl.train.changes import FREE_FIELDS, LENGTH_FIELDS, rate_at, same_history, under
 
 _DECAY_RATIO = 0.2
 """Share of the whole run in the decay, where neither the command nor the recipe says."""
@@ -66,7 +65,6 @@ def branch_recipe(
     changes = {
         "schedule": json.dumps(schedule.model_dump() | {"decay_ratio": decay_tokens / total}),
         "train.tokens": str(total),
-        "train.max_hours": "null",
         "branch": json.dumps({"run": str(run), "step": found.step}),
     }
     if given.name == parent.name:
@@ -75,8 +73,8 @@ def branch_recipe(
         changes["train.precision"] = parent.train.precision
     if Path(given.out_path) in (Path(parent.out_path), run):
         changes["out"] = json.dumps(f"{str(run).rstrip('/')}-{suffix}")
-    if given.train.max_hours != parent.train.max_hours:
-        del changes["train.max_hours"]
+    if given.train.max_hours == parent.train.max_hours:
+        changes["train.max_hours"] = "null"
     own = {text.partition("=")[0] for text in overrides}
     kept = [text for text in overrides if not under(text.partition("=")[0], ("schedule", "train.tokens"))]
     added = [
@@ -107,7 +105,7 @@ def branch_point(recipe: Recipe) -> Checkpoint | None:
             where=str(found.path),
             remedy="a branch differs in name, folder, budget and schedule only; undo the other changes",
         )
-    if not same_history(parent, recipe, found.step):
+    if not same_history(parent, recipe, found):
         raise CheckpointError(
             f"the {found.step} steps before the branch had other learning rates, or rates of masks, than this recipe's",
             where=str(found.path),
@@ -143,7 +141,7 @@ def _decay_of(recipe: Recipe, found: Checkpoint) -> WsdSchedule:
 
 
 def _require_peak(parent: Recipe, found: Checkpoint, tokens: int) -> None:
-    ratio = lr_ratio(parent.schedule, tokens_seen=tokens, total_tokens=parent.train.tokens)
+    ratio = rate_at(parent, found)
     if ratio == 1.0 and tokens >= parent.schedule.warmup_tokens:
         return
     part = "in its warmup" if tokens < parent.schedule.warmup_tokens else "already in its decay"

@@ -13,12 +13,13 @@ from typing import Any
 from lmssl import checkpoint
 from lmssl.checkpoint import Checkpoint
 from lmssl.errors import CheckpointError
-from lmssl.optim.schedule import lr_ratio
+from lmssl.optim.schedule import lr_ratio, spent_ratio
 from lmssl.recipe.load import difference, load_recipe
 from lmssl.recipe.objective import Masks
 from lmssl.recipe.schedule import WsdSchedule
 from lmssl.recipe.sections import Recipe
 from lmssl.train.console import Report
+from lmssl.train.state import TrainState
 
 FREE_FIELDS = (
     *("name", "out", "checkpoint", "evaluate", "track", "card", "data.workers", "data.cache"),
@@ -96,7 +97,7 @@ def find_continuation(run: Path, recipe: Recipe, report: Report) -> Continuation
     found: Checkpoint | None = newest
     while found is not None:
         old = load_recipe(found.path / "recipe.yaml").recipe
-        if same_history(old, recipe, found.step):
+        if same_history(old, recipe, found):
             for line in _about_lengths(old, recipe, found.step):
                 report(line)
             if passed:
@@ -157,11 +158,21 @@ def _before(run: Path, step: int) -> Checkpoint | None:
     return None
 
 
-def same_history(old: Recipe, new: Recipe, steps: int) -> bool:
-    """Whether both recipes give the first `steps` steps the same learning rates and rates of masks."""
+def same_history(old: Recipe, new: Recipe, found: Checkpoint) -> bool:
+    """Whether both recipes give the steps before a checkpoint the same learning rates and rates of masks."""
+    steps = found.step
     if all(not under(path, LENGTH_FIELDS) for path, _, _ in difference(old, new)):
         return True
-    return steps <= new.steps and _first_other_step(old, new, steps) is None and _same_masks(old, new, steps)
+    if steps > new.steps or _first_other_step(old, new, steps) is not None or not _same_masks(old, new, steps):
+        return False
+    # When each step was made is not known, but what time does to a rate it does until the end.
+    return rate_at(old, found) == rate_at(new, found)
+
+
+def rate_at(recipe: Recipe, found: Checkpoint) -> float:
+    """The share of the peak that the step after a checkpoint has under a recipe, by tokens and by the hours spent."""
+    spent = spent_ratio(TrainState.from_json(found.text("state.json")).elapsed_seconds, recipe.train.max_hours)
+    return _ratio(recipe, recipe.batches.tokens_before(found.step), spent)
 
 
 def _first_other_step(old: Recipe, new: Recipe, steps: int) -> int | None:
@@ -184,8 +195,8 @@ def _first(steps: range, holds: Callable[[int], bool]) -> int | None:
     return None
 
 
-def _ratio(recipe: Recipe, tokens: int) -> float:
-    return lr_ratio(recipe.schedule, tokens_seen=tokens, total_tokens=recipe.train.tokens)
+def _ratio(recipe: Recipe, tokens: int, spent: float = 0.0) -> float:
+    return lr_ratio(recipe.schedule, tokens_seen=tokens, total_tokens=recipe.train.tokens, spent_ratio=spent)
 
 
 def _same_masks(old: Recipe, new: Recipe, steps: int) -> bool:
@@ -213,6 +224,7 @@ def _about_lengths(old: Recipe, new: Recipe, step: int) -> Iterator[str]:
         f"the learning rate of the {step} completed steps is that of both recipes; it stays at {rates[1]:.4g} of its "
         f"peak {held}; step {end} has {ends[1]:.4g} of it instead of {ends[0]:.4g}, and the last, step {new.steps}, "
         f"{_ratio(new, plan.tokens_before(new.steps - 1)):.4g}"
+        + ("" if new.train.max_hours is None else "; all by tokens: by train.max_hours it may fall earlier")
     )
 
 
@@ -222,6 +234,11 @@ def _other_rates(old: Recipe, new: Recipe, newest: Checkpoint) -> CheckpointErro
     step = _first_other_step(old, new, min(newest.step, new.steps))
     if newest.step > new.steps and step is None:
         why = f"the run has made {newest.step} steps already, more than {new.steps}"
+    elif step is None and rate_at(old, newest) != rate_at(new, newest):
+        why = (
+            f"by the hours that it took, the learning rate was at {rate_at(old, newest):.4g} of its peak after step "
+            f"{newest.step}, and would have been at {rate_at(new, newest):.4g}"
+        )
     elif step is None:
         why = "the rate of masks had begun to change"
     else:
