@@ -123,6 +123,51 @@ def test_stopping_loses_at_most_the_chunk_in_work(path: Path, signal_number: int
     assert not [folder for folder in Path(recipe.data.cache).rglob(".tmp-*") if (folder / "meta.json").exists()]
 
 
+KILLED = """
+import multiprocessing, sys, time
+from lmssl import prepare as module
+from lmssl.cli import main
+
+def build_units(cache, units, threads):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(120)
+
+module._MIN_POOL_BYTES = 0
+module.build_units = build_units  # in this process alone: it waits while its workers build
+main(["prepare", sys.argv[1], "--workers", "4"])
+"""
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_do_not_outlive_a_killed_main_process(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = process.stdout.readline().split()
+    end = time.monotonic() + 60
+    while len(chunks(recipe)) < 3 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(workers) == 3 and all(map(is_running, workers))
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 5
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not [pid for pid in workers if is_running(pid)]
+    process.stdout.close()
+    there = chunks(recipe)
+    after = run(recipe)
+    assert after.num_built == after.num_chunks - len(there) > 0
+    assert run(recipe).num_built == 0
+
+
 def test_bad_records_beyond_the_limit_stop_it(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()

@@ -14,6 +14,14 @@ from lmssl.data import fork_server
 pytestmark = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 
 
+@pytest.fixture(autouse=True)
+def no_server() -> None:
+    """An earlier test of this process may have left one that imported other modules."""
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()
+
+
 def _say(queue: Any) -> None:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     queue.put((blocked, {*fork_server._PRELOADED} <= {*sys.modules}))
