@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,10 @@ TENTHS = range(4, 10)
 """Lengths of the shorter runs of Muon."""
 
 
+WARMUP_STEPS, VALIDATION_TOKENS, PRECISION = 25, 200_000, "auto"
+"""Where the command does not say."""
+
+
 class Bench:
     """The runs, each made once."""
 
@@ -56,9 +61,12 @@ class Bench:
             "corpus": None if args.corpus is None else Path(args.corpus).name,
             "tokenizer": args.tokenizer,
             "weight_decay": args.weight_decay,
+            "warmup_steps": args.warmup_steps,
+            "validation_tokens": args.validation_tokens,
+            "precision": args.precision,
         }
         lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
-        self.done = [json.loads(line) for line in lines]
+        self.done = [completed(json.loads(line)) for line in lines]
 
     def train(self, optim: dict[str, Any], *, seed: int) -> dict[str, Any]:
         """One run over all steps; its record."""
@@ -118,6 +126,7 @@ class Bench:
                 "batch_tokens": args.batch_tokens,
                 "micro_batch_sequences": min(args.micro_batch_sequences, args.batch_tokens // args.sequence_length),
                 "compile": args.compile,
+                "precision": args.precision,
             },
             "checkpoint": {"every_steps": every, "keep_last": PARTS if optim["kind"] == "muon" else 1},
         }
@@ -145,6 +154,22 @@ def lmssl(*arguments: str) -> None:
     )
     if done.returncode:
         raise SystemExit(f"lmssl {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+
+
+def completed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the settings that lines did not hold at first; their commands do.
+
+    >>> completed({"command": "bench_optim.py --validation-tokens 9", "precision": "fp32"})
+    {'warmup_steps': 25, 'validation_tokens': 9, 'precision': 'fp32', 'command': 'bench_optim.py --validation-tokens 9'}
+    """
+    words = shlex.split(record["command"])
+    given = dict(itertools.pairwise(words))
+    said = {
+        "warmup_steps": int(given.get("--warmup-steps", WARMUP_STEPS)),
+        "validation_tokens": int(given.get("--validation-tokens", VALIDATION_TOKENS)),
+        "precision": given.get("--precision", PRECISION),
+    }
+    return said | record
 
 
 def judged(run: Path) -> dict[str, Any]:
@@ -184,8 +209,8 @@ def best(records: list[dict[str, Any]], rates: list[float]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Tune both, branch, compare, append the summary."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SIZES], default="10m")
     parser.add_argument("--steps", type=int, default=500, help=f"of AdamW; a multiple of {2 * PARTS}")
@@ -194,19 +219,26 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--micro-batch-sequences", type=int, default=16)
-    parser.add_argument("--validation-tokens", type=int, default=200_000)
-    parser.add_argument("--warmup-steps", type=int, default=25)
+    parser.add_argument("--validation-tokens", type=int, default=VALIDATION_TOKENS)
+    parser.add_argument("--warmup-steps", type=int, default=WARMUP_STEPS)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--compile", choices=["auto", "off"], default="auto")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default=PRECISION)
     parser.add_argument("--adamw", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3, 1.2e-2], help="rates")
     parser.add_argument("--muon", type=float, nargs="+", default=[3e-3, 6e-3, 1.2e-2, 2.4e-2], help="rates of matrices")
     parser.add_argument("--seeds", type=int, default=1, help="of the best rates")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-optim"))
     parser.add_argument("--out", type=Path, default=HERE / "results/optim.jsonl")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     args.warmup_tokens = args.warmup_steps * args.batch_tokens
     if args.steps % (2 * PARTS):
         parser.error(f"--steps must be a multiple of {2 * PARTS}")
+    return args
+
+
+def main() -> None:
+    """Tune both, branch, compare, append the summary."""
+    args = parse()
     bench = Bench(args)
     adamw = best([bench.train({"kind": "adamw", "lr": lr}, seed=1) for lr in args.adamw], args.adamw)
     others = adamw["optim"]["lr"]
@@ -233,6 +265,7 @@ def main() -> None:
         **bench.settings,
         "adamw": adamw["optim"],
         "muon": muon["optim"],
+        "grids": {"adamw": args.adamw, "muon": args.muon},
     }
     summary |= {"seeds": rows, "steps_ratio": statistics.mean(found) if len(found) == len(rows) else None}
     bench.write(summary)

@@ -109,6 +109,7 @@ def optim(record: dict[str, Any]) -> str:
         f"AdamW's best rate {record['adamw']['lr']:g}; Muon's {record['muon']['lr']:g} for matrices and "
         f"{record['muon']['adamw_lr']:g} for the rest"
     )
+    rates += "".join(_edge(record, kind) for kind in ("adamw", "muon"))
     lines = [
         "## Muon against a tuned AdamW\n",
         f"Llama of size {record['size']}, {steps}; held-out loss at the end of a decay. {rates}.\n",
@@ -121,6 +122,20 @@ def optim(record: dict[str, Any]) -> str:
         losses = f"{row['adamw_loss']:.4f} | {row['muon_loss']:.4f}"
         lines.append(f"| {row['seed']} | {losses} | {ratio} | {row['step_seconds_ratio']:.2f} |")
     return "\n".join([*lines, "", where(record)])
+
+
+def _edge(record: dict[str, Any], kind: str) -> str:
+    """What is to be known where a best rate stands at the edge of its grid; a better one may lie beyond."""
+    if "grids" in record:
+        grid = record["grids"][kind]
+    else:  # records of before they had it
+        words = record["command"].partition(f"--{kind} ")[2].partition(" --")[0]
+        grid = [float(word) for word in words.split()]
+    best = record[kind]["lr"]
+    if len(grid) < 2 or best not in (min(grid), max(grid)):
+        return ""
+    tried = ", ".join(f"{rate:g}" for rate in sorted(grid))
+    return f"; {kind}'s is at the edge of its grid ({tried}), and a better one may lie beyond"
 
 
 def transfer(records: list[dict[str, Any]]) -> str:
@@ -186,6 +201,23 @@ def checkpoint(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(record)])
 
 
+def loop(record: dict[str, Any]) -> str:
+    """Milliseconds of a step by phase, and what is neither forward, backward nor optimiser."""
+    found, whole = record["milliseconds"], sum(record["milliseconds"]["step"])
+    given = "".join(f" {override}" for override in record["overrides"])
+    lines = [
+        "## Loop overhead\n",
+        f"`{record['recipe']}`{given} on CPU, {record['steps']:,} steps, the first lines not counted, evaluations and "
+        f"saves left out; milliseconds of a step, each the mean of {record['line_steps']}. Overhead: all but forward, "
+        "backward and update; less than 3 % of a step is asked for.\n",
+        "| phase | milliseconds | share of the time |",
+        "| --- | --- | --- |",
+    ]
+    for name, values in found.items():
+        lines.append(f"| {name.replace('_', ' ')} | {spread(values, '.2f')} | {sum(values) / whole:.2%} |")
+    return "\n".join([*lines, "", where(record)])
+
+
 TABLES = {
     "train": speed_tables.train,
     "limit": speed_tables.limit,
@@ -199,6 +231,7 @@ TABLES = {
     "quality": quality,
     "optim": optim,
     "checkpoint": checkpoint,
+    "loop": loop,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -32,8 +34,6 @@ def test_every_command_line_is_read(load: Load, root: Path, monkeypatch: pytest.
     scripts = sorted(path.stem for path in (root / "benchmarks").glob("bench_*.py"))
     assert "bench_head" in scripts
     for script in scripts:
-        if script == "bench_loop":  # whose words are a recipe's
-            continue
         monkeypatch.setattr(sys, "argv", [script, "--help"])
         with pytest.raises(SystemExit) as done:
             load(script).main()
@@ -85,3 +85,40 @@ def test_a_peer_gets_three_times_our_seconds(load: Load, monkeypatch: pytest.Mon
     _, spent = quality.theirs(tmp_path, args, 300.0, 5e-5)
     assert spent >= 300 and asked[1] == 165 and len(asked) == 3
     assert quality.TIMES == 3
+
+
+def test_rates_at_the_edge_of_a_grid_are_said(load: Load) -> None:
+    """Also of records of before they held their grids; a best rate inside its grid needs no word."""
+    report, machine = load("report"), load("record").machine()
+    row = {"seed": 1, "adamw_loss": 5.0, "muon_loss": 4.9, "steps_ratio": 0.7, "step_seconds_ratio": 1.0}
+    common = {"size": "10m", "steps": 400, "batch_tokens": 4096, "seeds": [row], "machine": machine, "date": "today"}
+    common |= {"adamw": {"lr": 1e-3}, "muon": {"lr": 4e-3, "adamw_lr": 1e-3}}
+    common |= {"command": "bench_optim.py --adamw 1e-3 2e-3 --muon 2e-3 4e-3 8e-3 --work WORK"}
+    said = report.optim(common)
+    assert "adamw's is at the edge of its grid (0.001, 0.002)" in said
+    assert "muon's is at the edge" not in said
+    said = report.optim(common | {"grids": {"adamw": [5e-4, 1e-3, 2e-3], "muon": [4e-3, 8e-3]}})
+    assert "adamw's is at the edge" not in said
+    assert "muon's is at the edge of its grid (0.004, 0.008)" in said
+
+
+def test_recorded_runs_of_before_a_setting_are_found_again(load: Load) -> None:
+    """By the command that made them, and by no other."""
+    optim, made = load("bench_optim"), []
+    first = json.loads((load("record").HERE / "results/optim.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    words = shlex.split(first["command"])[2:]
+    words[words.index("CORPUS")] = first["corpus"]
+    for more in ([], ["--validation-tokens", "50000"], ["--precision", "fp32"], ["--warmup-steps", "50"]):
+        bench = optim.Bench(optim.parse([*words[:-2], *more]))
+        bench.write = made.append
+        key = {name: first[name] for name in ("optim", "seed", "tenths")}
+        assert (bench._once(key, lambda: {"loss": 0.0})["loss"] == first["loss"]) == (not more)
+    assert len(made) == 3
+
+
+def test_the_share_of_the_loop_is_that_of_all_time(load: Load) -> None:
+    report, machine = load("report"), load("record").machine()
+    found = {"forward_and_backward": [90.0, 290.0], "loop overhead": [2.0, 6.0], "step": [100.0, 300.0]}
+    fields = {"recipe": "r.yaml", "overrides": ["a=1"], "steps": 30, "line_steps": 5, "milliseconds": found}
+    said = report.loop(fields | {"machine": machine, "date": "today", "command": "python x"})
+    assert "| loop overhead | 4.00 (2.00-6.00) | 2.00% |" in said and "`r.yaml` a=1" in said
