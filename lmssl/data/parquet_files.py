@@ -23,7 +23,7 @@ def list_row_groups(path: str, field: str) -> list[tuple[Part, int]]:
         DataError: the file is corrupt, or the field is missing or holds no text.
     """
     version, found = file_version(path), []
-    with _open(path) as file:
+    with _open(path, footer=True) as file:
         schema = file.schema_arrow
         if field not in schema.names:
             raise wrong_field(field, schema.names, path)
@@ -44,7 +44,7 @@ def row_starts(path: str) -> list[int]:
     Raises:
         DataError: the file is corrupt.
     """
-    with _open(path) as file:
+    with _open(path, footer=True) as file:
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     return list(accumulate(counts, initial=0))[:-1]
 
@@ -63,10 +63,13 @@ def read_rows(form: Format, part: Part) -> Iterator[Item]:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[Any]:
+def _open(path: str, *, footer: bool = False) -> Iterator[Any]:
+    """`footer`: no more than that is read, and of a remote file no more is fetched."""
     try:
         with ExitStack() as opened:
-            source = opened.enter_context(open_stored(path)) if isinstance(path, RemotePath) else path
+            source: Any = path
+            if isinstance(path, RemotePath):
+                source = opened.enter_context(path.files.open_ranges(path) if footer else open_stored(path))
             yield opened.enter_context(parquet.ParquetFile(source))
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())

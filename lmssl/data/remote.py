@@ -10,12 +10,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import tenacity
 
@@ -96,6 +97,14 @@ class RemoteFiles:
             with self.open(path) as file:
                 return file.read(num_bytes)
         return self._block(path, 0, min(num_bytes, path.num_bytes))
+
+    def open_ranges(self, path: RemotePath) -> BinaryIO:
+        """Open a file of which little is read, such as a footer: what is asked for is asked of the server.
+
+        Raises:
+            DataError: see `list_files`; also while it is read.
+        """
+        return self.open(path) if self._place(path).exists() else cast(BinaryIO, _Ranges(path))
 
     def open(self, path: RemotePath) -> BinaryIO:
         """Open the download of a file for reading, after downloading it if need be.
@@ -203,6 +212,41 @@ class RemoteFiles:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file that is not downloaded."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self._path = path
+        self._at = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The byte that is read next."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a byte."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._path.num_bytes}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; 0 at the end."""
+        stop = min(self._at + len(buffer), self._path.num_bytes)
+        if stop <= self._at:
+            return 0
+        raw = self._path.files._block(self._path, self._at, stop)
+        buffer[: len(raw)] = raw
+        self._at = stop
+        return len(raw)
 
 
 def is_remote(path: str) -> bool:

@@ -18,6 +18,8 @@ import pytest
 from pyarrow import parquet
 
 from lmssl.data import remote as module
+from lmssl.data.parquet_files import list_row_groups, read_rows, row_starts
+from lmssl.data.records import Format, Record
 from lmssl.data.remote import RemoteFiles, RemotePath, check_scheme
 from lmssl.errors import DataError
 from lmssl.recipe.data import JsonlCorpus, ParquetCorpus, TextCorpus
@@ -215,6 +217,30 @@ def test_a_file_that_changed_after_it_was_listed(put: Any, files: RemoteFiles) -
     assert caught.value.where == "s3://changing/a"
     again = one(files, "s3://changing/a")
     assert again.version != path.version and read(again) == RAW[::-1]
+
+
+def test_listing_parquet_files_fetches_their_ends_alone(
+    put: Any, files: RemoteFiles, proxy: Proxy, tmp_path: Path
+) -> None:
+    numbers = np.random.default_rng(1).integers(0, 10**9, (2000, 20))
+    table = pa.table({"text": [" ".join(map(str, row)) for row in numbers]})
+    urls = []
+    for name in "ab":
+        parquet.write_table(table, tmp_path / name, row_group_size=500)
+        urls.append(put(f"footers/{name}.parquet", (tmp_path / name).read_bytes()))
+    size = (tmp_path / "a").stat().st_size
+    assert size > 200_000
+    path, other = (one(files, url) for url in urls)
+    groups = list_row_groups(path, "text")
+    assert [(part.start, part.stop) for part, _ in groups] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert row_starts(path) == row_starts(str(tmp_path / "a")) == [0, 500, 1000, 1500]
+    list_row_groups(other, "text")
+    firsts = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges(proxy)]
+    assert firsts and min(firsts) >= size - 70_000 and not files.folder.exists()
+    records = list(read_rows(Format("parquet", field="text"), groups[3][0]))
+    assert [record.text for record in records if isinstance(record, Record)] == table["text"].to_pylist()[1500:]
+    before = len(ranges(proxy))
+    assert list_row_groups(path, "text") == groups and len(ranges(proxy)) == before, "it is downloaded now"
 
 
 def test_the_file_read_longest_ago_makes_room_and_open_ones_stay(put: Any, files: RemoteFiles) -> None:
