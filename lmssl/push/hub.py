@@ -219,8 +219,15 @@ _BY_STATUS = {
 }
 
 
+def _cause(error: BaseException | None) -> BaseException | None:
+    """What an upload failed of; huggingface_hub wraps it, status and all, in a RuntimeError that names the file."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _status(error: BaseException | None) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(getattr(_cause(error), "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
@@ -229,9 +236,10 @@ def _is_passing(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in _PASSING
+    error = _cause(error) or error
     if isinstance(error, OfflineModeIsEnabled | PushError):
         return False
-    # A server in trouble answers with pages where the client expects JSON; the upload engine raises RuntimeError.
+    # A server in trouble answers with pages where the client expects JSON; Xet's engine raises RuntimeError alone.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, ConnectionError | TimeoutError | json.JSONDecodeError | RuntimeError) or (
         "TransportError" in kinds
@@ -241,7 +249,7 @@ def _is_passing(error: BaseException) -> bool:
 def _pause_seconds(state: tenacity.RetryCallState) -> float:
     """2, 4, 8, ... seconds, or what the Hub asks for."""
     grown = min(_LONGEST_WAIT_SECONDS, 2.0**state.attempt_number)
-    error = state.outcome.exception() if state.outcome is not None else None
+    error = _cause(state.outcome.exception()) if state.outcome is not None else None
     headers = getattr(getattr(error, "response", None), "headers", {})
     asked = re.fullmatch(r"\d+", headers.get("retry-after", "")) or re.search(
         r"\bt=(\d+)", headers.get("ratelimit", "")
@@ -251,10 +259,11 @@ def _pause_seconds(state: tenacity.RetryCallState) -> float:
 
 def _said(error: BaseException | None) -> str:
     """One line of an error without what is private in it."""
-    server = error.server_message if isinstance(error, HfHubHTTPError) else None
-    lines = [line.strip() for line in (server or str(error)).splitlines() if line.strip()]
-    status = _status(error)
-    text = (f"{status} " if status else "") + (lines[0] if lines else type(error).__name__)
+    cause, status = _cause(error), _status(error)
+    server = cause.server_message if isinstance(cause, HfHubHTTPError) else None
+    lines = [line.strip() for line in (server or str(cause)).splitlines() if line.strip()]
+    text = (f"{status} " if status else "") + (lines[0] if lines else type(cause).__name__)
+    text = text if cause is error else f"{error} {text}"
     for pattern in SECRETS.values():
         text = pattern.sub("(removed)", text)
     return text[:300]

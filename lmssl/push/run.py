@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmssl.errors import LmsslError, PushError
+from lmssl.errors import CheckpointError, ExportError, LmsslError, PushError
 from lmssl.push.hub import PATIENCE_SECONDS, Hub
 from lmssl.push.staging import Staged, check_license, stage
 from lmssl.recipe.load import load_recipe
@@ -70,7 +70,8 @@ def push(
 ) -> list[str]:
     """Upload an export, or checkpoints of a run, and return the names of the revisions that were changed.
 
-    Nothing is uploaded twice, and a push that was interrupted goes on when it is repeated.
+    Nothing is uploaded twice, and a push that was interrupted goes on when it is repeated. Revisions are those of the
+    checkpoints at its start; one that cannot be exported keeps none of the others, and is raised at the end.
 
     Args:
         sleep: waits so many seconds; only where the Hub does not answer.
@@ -95,7 +96,8 @@ def push(
         return []
     hub = Hub(wanted.repo, sleep=sleep, report=report, patience_seconds=patience_seconds)
     report(f"signed in as {hub.sign_in()}")
-    changed = []
+    changed: list[str] = []
+    failed: list[LmsslError] = []
     with tempfile.TemporaryDirectory(prefix="lmssl-push-") as folder:
         # Before the repository is made, so that a mistake here leaves none behind.
         main = pushing.gather(wanted.step, Path(folder) / MAIN)
@@ -103,12 +105,18 @@ def push(
         hub.check_same(hub.there(MAIN), main.identity)
         present = hub.branches() if names else set()
         for step, name in names.items():
-            if pushing.push_step(hub, step, name, present, Path(folder) / name.replace("/", "_")):
-                changed.append(name)
+            try:
+                if pushing.push_step(hub, step, name, present, Path(folder) / name.replace("/", "_")):
+                    changed.append(name)
+            except (CheckpointError, ExportError) as error:
+                report(f"{name} is passed over: {error.what}")
+                failed.append(error)
         if hub.publish(main, MAIN, pushing.message(main)):
             changed.append(MAIN)
     where = f"{hub.api.endpoint}/{wanted.repo}"
     report(f"{where}: {', '.join(changed)} uploaded" if changed else f"{where} is up to date; nothing was uploaded")
+    if failed:
+        raise failed[0]
     return changed
 
 
@@ -163,11 +171,19 @@ class _Pushing:
                 ):
                     return False
             staged = self.gather(step, folder)
-        except (LmsslError, OSError):
-            if checkpoint.exists():
+        except PushError:
+            raise
+        except (LmsslError, OSError, ValueError, KeyError) as error:
+            if not checkpoint.exists():
+                self.report(f"the checkpoint of step {step} was removed by its run meanwhile")
+                return False
+            if isinstance(error, LmsslError):
                 raise
-            self.report(f"the checkpoint of step {step} was removed by its run meanwhile")
-            return False
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be read: {error}",
+                where=str(checkpoint),
+                remedy=f"see what `lmssl verify {wanted.source}` says of it",
+            ) from error
         hub.add_branch(name)
         done = hub.publish(staged, name, self.message(staged))
         if done:

@@ -19,8 +19,9 @@ from hub_stand_in import TOKEN, Fault, HubStandIn
 
 REPO = "lab/tiny"
 DRIVER = """
-import json, sys
+import json, sys, time
 from pathlib import Path
+time.sleep = lambda seconds: None  # of huggingface_hub, which tries some requests again by itself
 from lmssl.errors import LmsslError
 from lmssl.push.run import Push, push
 given, waited, found = json.loads(sys.argv[1]), [], {}
@@ -130,6 +131,8 @@ def test_it_is_downloaded_equal(hub: HubStandIn, pushed: Pusher, model: Path, tm
         (Fault("POST /api/repos/create", after=True), [2]),
         (Fault("POST /api/validate-yaml", 503), [2]),
         (Fault("GET /api/whoami-v2", 502), [2]),
+        (Fault("PUT /lfs/", 503, times=6), [2]),  # huggingface_hub's own attempts and one more
+        (Fault("PUT /lfs/", times=6), [2]),
     ],
     ids=lambda value: f"{value.pattern}-{value.status}-{value.after}" if isinstance(value, Fault) else "",
 )
@@ -151,6 +154,8 @@ def test_what_passes_is_waited_for(hub: HubStandIn, pushed: Pusher, fault: Fault
         (Fault("GET /api/models/lab/tiny", 404), ["404", "no such repository"]),
         (Fault("POST .*/commit/", 413), ["413", "--max-shard-size"]),
         (Fault("POST .*/commit/", 400), ["400", "see what the Hub says"]),
+        (Fault("PUT /lfs/", 403), ["403", "may not write there", "uploading 'model.safetensors'"]),
+        (Fault("PUT /lfs/", 413), ["413", "--max-shard-size", "uploading 'model.safetensors'"]),
     ],
     ids=lambda value: f"{value.pattern}-{value.status}" if isinstance(value, Fault) else "",
 )
@@ -164,6 +169,13 @@ def test_what_is_refused_is_said_at_once(
     assert all(text in found["error"] for text in says), found["error"]
     assert contents(model) == before
     assert pushed()["changed"] == ["main"]
+
+
+def test_weights_that_arrived_are_not_sent_again(hub: HubStandIn, pushed: Pusher) -> None:
+    hub.faults.append(Fault("POST .*/commit/", 400))
+    assert pushed()["code"] == 9
+    assert pushed()["changed"] == ["main"]
+    assert sum(line.startswith("PUT /lfs/") for line, _ in hub.requests) == 1
 
 
 def test_patience_ends_after_minutes(hub: HubStandIn, pushed: Pusher) -> None:

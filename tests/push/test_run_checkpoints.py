@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,18 @@ from runs import small_recipe, write_recipe
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 REPO = "lab/small"
+MEANWHILE = """
+import shutil, sys
+from pathlib import Path
+from lmssl.push.run import Push, push
+run, aside = Path(sys.argv[1]), Path(sys.argv[2])
+def report(text):
+    print(text)
+    if text.startswith("signed in"):
+        aside.rename(run / "checkpoints" / aside.name)
+        shutil.rmtree(run / "checkpoints" / "step-00000002")
+print(push(Push(run, "lab/small", revisions="step{step}"), sleep=lambda _: None, report=report))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +45,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
     return train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)))
 
 
-def lmssl(hub: HubStandIn, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def environment(hub: HubStandIn, folder: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    return inherited | hub.environment(str(folder / "home"))
+
+
+def lmssl(hub: HubStandIn, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "lmssl", "push", *words],
         capture_output=True,
         text=True,
         check=False,
-        env=inherited | hub.environment(str(folder)),
+        env=environment(hub, folder),
     )
 
 
@@ -61,6 +78,32 @@ def test_a_run_with_its_checkpoints(run: Path, tmp_path: Path) -> None:
         assert again.returncode == 0, again.stderr
         assert again.stdout.splitlines()[-1].endswith("nothing was uploaded")
         assert {name: len(hub.commits(REPO, name)) for name in hub.repositories[REPO].branches} == before
+
+
+def test_a_run_that_saves_and_prunes_meanwhile(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    aside = (copy / "checkpoints" / "step-00000004").rename(tmp_path / "step-00000004")
+    with HubStandIn().running() as hub:
+        command = [sys.executable, "-c", MEANWHILE, copy, aside]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(hub, tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert "the checkpoint of step 2 was removed by its run meanwhile" in done.stdout
+        assert done.stdout.splitlines()[-1] == "['main']"
+        assert "in 4 steps" in hub.files(REPO)["README.md"].decode()
+        assert hub.repositories[REPO].branches.keys() == {"main"}
+
+
+def test_a_damaged_checkpoint_keeps_no_other_back(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    weights = copy / "checkpoints" / "step-00000002" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with HubStandIn().running() as hub:
+        done = lmssl(hub, tmp_path, str(copy), "--repo", REPO, "--revisions", "step{step}")
+        assert done.returncode == 6, done.stderr
+        assert "step2 is passed over" in done.stdout
+        assert done.stdout.splitlines()[-1].endswith(": step4, main uploaded")
+        assert hub.repositories[REPO].branches.keys() == {"main", "step4"}
 
 
 def test_a_missing_licence_is_said_before_anything_is_exported(
