@@ -63,6 +63,7 @@ def finetune(
     set_verbosity_error()
     start = open_start(model, random_weights=random_weights)
     asked = {"model": model, "random_weights": random_weights, "task": task.model_dump(mode="json")}
+    asked |= {"weights": start.fingerprint(), "rows": splits.fingerprint()}  # paths may hold something else by now
     finished = _open(out, asked)
     bench = Bench(start, task, splits, out)
     baseline = bench.baseline()
@@ -170,11 +171,15 @@ def _open(out: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
     """Take the folder, or go on in it; returns the finished runs."""
     known = out / TASK
     with _writing(out):
-        if known.exists() and json.loads(known.read_text(encoding="utf-8")) == asked:
+        before = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+        if before == asked:
             lines = (out / RUNS).read_text(encoding="utf-8").split("\n")[:-1] if (out / RUNS).exists() else []
             return [json.loads(line) for line in lines]
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             what = "results of another task, model or protocol" if known.exists() else "other files"
+            if all(before.get(name) == asked[name] for name in ("model", "random_weights", "task")):
+                changed = [name for name in ("weights", "rows") if before.get(name) != asked[name]]
+                what = f"results of other {' and '.join(changed)}, which have changed since"
             raise ExportError(f"{out} holds {what}", where="--out", remedy="choose another folder or remove it")
         out.mkdir(parents=True, exist_ok=True)
         known.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 import xxhash
 
 from lmssl.errors import DataError
@@ -27,6 +28,14 @@ class Splits:
     def scored(self) -> dict[str, Sequence[Example]]:
         """The splits that are scored, by name."""
         return {"validation": self.validation} | ({} if self.test is None else {"test": self.test})
+
+    def fingerprint(self) -> str:
+        """A hash of all rows, in their order and splits."""
+        found = xxhash.xxh3_128()
+        for split, examples in {"train": self.train, **self.scored()}.items():
+            for example in examples:
+                found.update(orjson.dumps((split, example.given, example.answer)))
+        return found.hexdigest()
 
 
 def read_splits(task: TaskFile, report: Callable[[str], None]) -> Splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 from lmssl.errors import ModelError
 from lmssl.recipe.hints import nearest
+from lmssl.release.marker import checksum
 
 HEADS = {
     "classification": "AutoModelForSequenceClassification",
@@ -20,6 +22,9 @@ HEADS = {
     "tokens": "AutoModelForTokenClassification",
     "instructions": "AutoModelForCausalLM",
 }
+
+
+_DECIDING = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,17 @@ class Start:
     tokenizer: Any
     random_weights: bool = False
     """Only the architecture is taken; every weight is drawn anew."""
+
+    def fingerprint(self) -> str:
+        """A hash of the files that decide what is learned, or the commit on the Hub."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return str(getattr(self.config, "_commit_hash", None))
+        found = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            if path.name in _DECIDING or (path.suffix in (".safetensors", ".bin") and not self.random_weights):
+                found.update(f"{path.name} {path.stat().st_size} {checksum(path)}\n".encode())
+        return found.hexdigest()
 
     @property
     def max_tokens(self) -> int | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,31 @@ def test_an_interrupted_protocol_goes_on(bert: Path, task: TaskFile, tmp_path: P
     assert sum(line.startswith("lr ") for line in said) == 1
     assert [run["scores"] for run in again["runs"]] == [run["scores"] for run in whole["runs"]]
     assert len((tmp_path / "cut/runs.jsonl").read_text().splitlines()) == 4
+
+
+def test_results_are_of_the_weights_and_rows_that_are_there(bert: Path, task: TaskFile, tmp_path: Path) -> None:
+    model, out = shutil.copytree(bert, tmp_path / "bert"), tmp_path / "out"
+    quick = task.model_copy(update={"protocol": task.protocol.model_copy(update={"lr": (1e-3,), "seeds": (1,)})})
+
+    def again() -> list[str]:
+        said: list[str] = []
+        finetune(str(model), quick, out, report=said.append)
+        return [line for line in said if line.startswith("lr ")]
+
+    assert len(again()) == 1
+    (model / "README.md").write_text("a card decides nothing")
+    assert again() == []
+    rows = Path(task.data.train)
+    content = rows.read_text()
+    rows.write_text(content.replace("while", "until", 1))
+    with pytest.raises(ExportError, match="holds results of other rows, which have changed"):
+        again()
+    rows.write_text(content)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(ExportError, match="holds results of other weights, which have changed"):
+        again()
+    assert json.loads((out / "results.json").read_text())["runs"]
 
 
 def test_the_chosen_rate_has_the_best_median() -> None:
