@@ -78,13 +78,24 @@ class Facts:
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
             return {}
 
+    @cached_property
+    def left_out(self) -> dict[str, int]:
+        """What the text of first epochs lost on the way, by the ledger's names; empty where the ledger does not say."""
+        total: dict[str, int] = {}
+        for line in self.found.text("ledger.jsonl").split("\n")[1:-1]:
+            row = json.loads(line)
+            if row["epoch"] == 0:  # later ones read the same text again
+                for name in ("num_bad", *(name for name in row if name.startswith("num_dropped_"))):
+                    total[name] = total.get(name, 0) + row[name]
+        return total
+
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a file of JSON objects; a run in progress may be writing the last."""
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:

@@ -28,6 +28,8 @@ def results_section(facts: Facts) -> str:
     parts = [_held_out(facts)]
     if _is_mean(facts):
         parts.append("These numbers are those of the weights as they were trained, at the last of the steps above.")
+    if _is_rounded(facts):
+        parts.append(f"All numbers are those of the weights in float32, before they were rounded to {_dtype(facts)}.")
     rows = [
         (row.get("kind"), row.get("name"), _WORDS.get(name, name.replace("_", " ")), _shown(value))
         for row in facts.evaluations
@@ -36,7 +38,8 @@ def results_section(facts: Facts) -> str:
     ]
     if rows:
         parts.append(
-            "By `lmssl eval`, of the exported weights:\n\n" + table(["kind", "what", "measure", "value"], rows)
+            f"By `lmssl eval`, of {'these' if _is_rounded(facts) else 'the exported'} weights:\n\n"
+            + table(["kind", "what", "measure", "value"], rows)
         )
     return "\n\n".join(parts)
 
@@ -68,7 +71,17 @@ def _is_mean(facts: Facts) -> bool:
     return bool(facts.weights.get("ema")) or facts.weights.get("average", 1) > 1
 
 
+def _dtype(facts: Facts) -> str:
+    return str(facts.weights.get("dtype") or "float32")
+
+
+def _is_rounded(facts: Facts) -> bool:
+    return _dtype(facts) != "float32"
+
+
 def _results(facts: Facts, task: str) -> Iterator[EvalResult]:
+    if _is_rounded(facts):  # none of these numbers is that of the rounded weights
+        return
     evaluation = facts.state.get("evaluation") or {}
     if evaluation.get("step") == facts.found.step and not _is_mean(facts):
         sets = {"held-out text of the training corpora": evaluation, **evaluation.get("sets", {})}

@@ -45,6 +45,13 @@ _SIZES = (
     ("vocab_size", "rows of the vocabulary"),
 )
 
+_REASONS = {
+    "num_dropped_short": "too short",
+    "num_dropped_long": "too long",
+    "num_dropped_duplicates": "duplicates",
+    "num_dropped_overlaps": "with evaluation text",
+}
+
 
 def origin(facts: Facts) -> str:
     """What the weights were before the first step; of a folder its name only, for paths tell of other things."""
@@ -107,7 +114,23 @@ def data_section(facts: Facts) -> str:
     return f"""{table(["corpus", "kind", "weight", "epochs", "share of what was read"], rows)}
 
 Trained on {state["tokens_seen"]:,} tokens in {facts.found.step:,} steps, in sequences of {recipe.data.sequence_length},
-packing `{recipe.data.packing}`, document attention {attention}.{_changes(facts)}"""
+packing `{recipe.data.packing}`, document attention {attention}.{_left_out(facts)}{_changes(facts)}"""
+
+
+def _left_out(facts: Facts) -> str:
+    """How many records were unreadable, and what filters dropped, by reason."""
+    counts = dict(facts.left_out)
+    if not counts:
+        return ""
+    bad = counts.pop("num_bad")
+    reasons = [
+        f"{count:,} {_REASONS.get(name, name.removeprefix('num_dropped_'))}" for name, count in counts.items() if count
+    ]
+    by_reason = f": {', '.join(reasons)}" if reasons else ""
+    return (
+        f"\nOf the text that was opened, {bad:,} records were unreadable, and filters left out "
+        f"{sum(counts.values()):,} documents{by_reason}."
+    )
 
 
 def _changes(facts: Facts) -> str:

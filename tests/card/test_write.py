@@ -27,6 +27,11 @@ LEDGER = {
         {"first_position": 60, "corpora": ["novels", "peps"], "shares": [0, 1]},
     ],
 }
+WINDOWS = [
+    {"corpus": "novels", "epoch": 0, "num_bad": 2, "num_dropped_short": 1200, "num_dropped_duplicates": 0},
+    {"corpus": "peps", "epoch": 0, "num_bad": 1, "num_dropped_short": 0, "num_dropped_duplicates": 34},
+    {"corpus": "peps", "epoch": 1, "num_bad": 1, "num_dropped_short": 0, "num_dropped_duplicates": 5},
+]
 CONFIG = {"model_type": "llama", "hidden_size": 64, "vocab_size": 4096, "tie_word_embeddings": True}
 SESSION = {
     "started": "2026-01-01T00:00:00Z",
@@ -64,7 +69,7 @@ def facts(tmp_path: Path, root: Path) -> Facts:
     state = {"step": 4, "tokens_seen": 4096, "cursor": 80, "skipped_steps": 1, "epochs": {"novels": 0.5}}
     state["evaluation"] = {"step": 4, "loss": 3.21, "bits_per_byte": 1.5}
     (path / "state.json").write_text(json.dumps(state))
-    (path / "ledger.jsonl").write_text(lines(LEDGER))
+    (path / "ledger.jsonl").write_text(lines(LEDGER, *WINDOWS))
     (path / "config.json").write_text(json.dumps(CONFIG))
     (run / "tokenizer").symlink_to(root / "tokenizer" / "bpe-4k")
     (run / "sessions.jsonl").write_text(lines(SESSION))
@@ -102,6 +107,7 @@ def test_the_text_tells_all(facts: Facts, tmp_path: Path) -> None:
         "| novels | text | 0.75 | 0.50 | 56.25% |",  # 45 of the 80 positions: three quarters of the first 60
         "| peps | text | 0.25 | unknown | 43.75% |",
         "4,096 tokens in 4 steps",
+        "3 records were unreadable, and filters left out 1,234 documents: 1,200 too short, 34 duplicates.",
         "loss 3.2100 nats per token, 1.5000 bits per byte",
         r"| minimal\_pairs | be\_agree | accuracy | 0.7500 |",
         r"| 3 | skip | spike \| \`x\` | 32 to 47 |",
@@ -129,6 +135,22 @@ def test_averaged_and_rounded_weights_claim_no_results(facts: Facts, tmp_path: P
     assert "be_agree" not in card.text
 
 
+def test_rounded_weights_claim_no_results_of_others(facts: Facts, tmp_path: Path) -> None:
+    rounded = Facts(facts.run, facts.found, 10, {**WEIGHTS, "dtype": "float16"})
+    card = card_of(rounded, tmp_path / "out")
+    assert card.data.eval_results is None
+    assert "All numbers are those of the weights in float32, before they were rounded to float16" in card.text
+    assert "of the exported weights" not in card.text
+    assert r"| be\_agree | accuracy | 0.7500 |" in card.text
+
+
+def test_a_row_with_line_separators_of_unicode_is_read(facts: Facts, tmp_path: Path) -> None:
+    row = {"kind": "loss", "name": "a\u2028b\u0085c", "step": 4, "metrics": {"loss": 2.5}}
+    with (facts.run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    assert row in facts.evaluations
+
+
 def test_results_of_the_moving_average_stand_on_its_own_card(facts: Facts, tmp_path: Path) -> None:
     with (facts.run / "evaluations.jsonl").open("a") as file:
         row = {"kind": "loss", "name": "of-averages", "step": facts.found.step, "metrics": {"loss": 2.5}}
@@ -151,6 +173,7 @@ def test_what_is_unknown_is_not_invented(facts: Facts, tmp_path: Path) -> None:
     assert "| novels | text | 0.75 | 0.50 | unknown |" in text
     assert not (tmp_path / "out" / "training_curve.svg").exists()
     assert "training_curve" not in text
+    assert "unreadable" not in text
 
 
 def test_another_machine_in_between_leaves_no_energy(facts: Facts) -> None:

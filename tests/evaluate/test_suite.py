@@ -270,9 +270,10 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_lines_that_were_cut_off_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / results.FILE
-    results.append_rows(path, [{"name": "a"}])
+    row = {"name": "a\u2028b\u0085c\x1c"}
+    results.append_rows(path, [row])
     path.write_text(path.read_text(encoding="utf-8") + '{"name": "b', encoding="utf-8")
-    assert list(results.read_rows(path)) == [{"name": "a"}]
+    assert list(results.read_rows(path)) == [row]
 
 
 def test_tables_obey_no_text(suite: Path) -> None:
