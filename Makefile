@@ -16,6 +16,8 @@ STAMP := $(VENV)/.lmssl-installed
 EXTRAS := fast,dev
 PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Bytecode is kept: whole runs in processes of their own would compile the package anew, each of them.
+export PYTHONDONTWRITEBYTECODE :=
 # Nothing asks the hub: tests, demo and benchmark bring or build all they need.
 export HF_HUB_OFFLINE := 1
 

@@ -38,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     item.add_marker(skip)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once why a test failed: a run of the whole suite that is cut off never comes to its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} failed in {report.when}:\n{report.longreprtext[-3000:]}", flush=True)
+
+
 def _rank(path: Path) -> int:
     parts = path.relative_to(TESTS).parts
     return ORDER.index(parts[0]) if len(parts) > 1 and parts[0] in ORDER else ORDER.index("")

@@ -26,6 +26,8 @@ from runs import metrics, small_recipe, tensors_of, write_recipe
 TESTS = Path(__file__).parent
 STEPS, HALF = 20, 10
 GROUPS = ("model", "optim", "ema")
+HANG_SECONDS = 240
+"""Ranks that wait for each other so long say where, before the launch is given up."""
 
 
 def recipe_of(folder: Path, text: Path, name: str, **changes: Any) -> Path:
@@ -43,6 +45,7 @@ def recipe_of(folder: Path, text: Path, name: str, **changes: Any) -> Path:
             "optim.max_grad_norm": 0.5,
             "train.precision": "fp32",
             "train.micro_batch_sequences": 5,
+            "train.hang_seconds": HANG_SECONDS,
             "train.batch_tokens": 64 * 24,
             "train.tokens": 64 * 24 * STEPS,
             "train.ema_decay": 0.9,
@@ -60,7 +63,7 @@ def finish(command: list[str], **environment: str) -> None:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=900,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **environment},
     )

@@ -80,7 +80,7 @@ def with_precision(recipe: Recipe) -> Recipe:
     """
     if recipe.train.precision != "auto":
         return recipe
-    precision = same_on_all_ranks("precision", lambda: _precision_of(recipe), os.environ)
+    precision = same_on_all_ranks(f"precision of {recipe.out_path}", lambda: _precision_of(recipe), os.environ)
     train = recipe.train.model_copy(update={"precision": precision})
     return recipe.model_copy(update={"train": train})
 

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from launched_runs import HANG_SECONDS, run_segments
 from lmssl import checkpoint
+from lmssl.recipe.load import load_recipe
+from lmssl.train.run import train
 from runs import metrics, small_recipe, tensors_of, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -37,7 +40,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "model": {"kind": "bert", **ENCODER},
         "data.packing": "none",
     },
-    "masked, packed": {
+    "masked-packed": {
         "objective": {"kind": "masked", "strategy": "span"},
         "model": {"kind": "modernbert", "local_attention": 16, **ENCODER},
         "data.packing": "best_fit",
@@ -73,6 +76,7 @@ def recipe_of(tmp_path: Path, text_folder: Path, name: str, **changes: Any) -> P
             "data.packing": "none",
             "train.precision": "fp32",
             "train.micro_batch_sequences": 5,
+            "train.hang_seconds": HANG_SECONDS,
             "train.batch_tokens": 64 * 24,
             "train.tokens": 64 * 24 * 20,
             "evaluate.every_steps": 10,
@@ -84,8 +88,7 @@ def recipe_of(tmp_path: Path, text_folder: Path, name: str, **changes: Any) -> P
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_equal_one(tmp_path: Path, text_folder: Path, launcher: str) -> None:
-    one = launch(["-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "one"))])
-    assert one.returncode == 0, one.stderr
+    train(load_recipe(recipe_of(tmp_path, text_folder, "one")))
     both = [*LAUNCHERS[launcher], "-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "two"))]
     two = launch(both, ACCELERATE_USE_CPU="true")
     assert two.returncode == 0, two.stderr
@@ -98,23 +101,31 @@ def test_two_processes_equal_one(tmp_path: Path, text_folder: Path, launcher: st
         torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def objectives(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    """Where a run of each objective lies, `one-..` of one process and `two-..` of two, which one launch started."""
+    folder = tmp_path_factory.mktemp("objectives")
+    plan = []
+    for objective, changes in OBJECTIVES.items():
+        changed = {
+            "tokenizer": {"path": "tokenizer/wordpiece-8k"},
+            "train.ema_decay": 0.99,
+            "train.tokens": 64 * 24 * 8,
+            "evaluate.every_steps": 4,
+            "schedule.warmup_tokens": 64 * 24,
+            **changes,
+        }
+        train(load_recipe(recipe_of(folder, text_folder, f"one-{objective}", **changed)))
+        plan.append({"backend": "ddp", "recipe": str(recipe_of(folder, text_folder, f"two-{objective}", **changed))})
+    run_segments(folder / "plan.json", plan)
+    return folder
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_term_and_metric_is_that_of_one_process(tmp_path: Path, text_folder: Path, objective: str) -> None:
+def test_every_term_and_metric_is_that_of_one_process(objectives: Path, objective: str) -> None:
     """Two terms with counts of their own, accuracies, averages of the weights; target counts differ between ranks."""
-    changes = {
-        "tokenizer": {"path": "tokenizer/wordpiece-8k"},
-        "train.ema_decay": 0.99,
-        "train.tokens": 64 * 24 * 8,
-        "evaluate.every_steps": 4,
-        "schedule.warmup_tokens": 64 * 24,
-        **OBJECTIVES[objective],
-    }
-    one = launch(["-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "one", **changes))])
-    assert one.returncode == 0, one.stderr
-    both = [*LAUNCHERS["torchrun"], "-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "two", **changes))]
-    two = launch(both, ACCELERATE_USE_CPU="true")
-    assert two.returncode == 0, two.stderr
-    rows = list(zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True))
+    one, two = (objectives / f"{processes}-{objective}" for processes in ("one", "two"))
+    rows = list(zip(metrics(one), metrics(two), strict=True))
     names = {name for name in rows[-1][0] if name.startswith("loss") or name.endswith("accuracy")}
     assert names == (
         {"loss", "loss_masked", "causal_accuracy", "masked_accuracy"} if objective == "hybrid" else {"loss", "accuracy"}
@@ -128,7 +139,7 @@ def test_every_term_and_metric_is_that_of_one_process(tmp_path: Path, text_folde
             assert b[name] == pytest.approx(a[name], **close), name
         assert b["bits_per_byte"] == pytest.approx(a["bits_per_byte"], rel=3e-5)
     for file in ("model", "ema"):
-        ours, theirs = (tensors_of(checkpoint.find_step(tmp_path / name, None), file) for name in ("one", "two"))
+        ours, theirs = (tensors_of(checkpoint.find_step(run, None), file) for run in (one, two))
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3)
@@ -141,10 +152,3 @@ def test_processes_that_accelerate_does_not_join_are_refused(tmp_path: Path, tex
     assert done.returncode == 8
     assert "started 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_a_launch_file_that_contradicts_the_precision_is_refused(tmp_path: Path, text_folder: Path) -> None:
-    recipe = recipe_of(tmp_path, text_folder, "run")
-    done = launch(["-m", "lmssl", "train", str(recipe)], ACCELERATE_MIXED_PRECISION="bf16")
-    assert done.returncode == 8
-    assert "mixed_precision: bf16" in done.stderr

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from faulty_runs import bad_text
-from launched_runs import run_segments, weights_hash
+from launched_runs import HANG_SECONDS, run_segments, weights_hash
 from lmssl import checkpoint
 from lmssl.recipe.load import load_recipe
 from lmssl.train.launch import can_compile
@@ -40,6 +40,7 @@ def recipe_of(folder: Path, text: Path, name: str, **changes: Any) -> Path:
             **{f"model.{key}": value for key, value in SIZES.items()},
             "train.precision": "fp32",
             "train.micro_batch_sequences": 4,
+            "train.hang_seconds": HANG_SECONDS,
             "train.max_skipped_steps": 1,
             "train.ema_decay": 0.9,
             "data.validation": None,
