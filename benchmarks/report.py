@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from cells import spread, where
 from scipy import stats
 
 HERE = Path(__file__).parent
+STARTS = ("random", "pretrained")
+"""What fine-tuning begins from."""
 
 
 def startup(record: dict[str, Any]) -> str:
@@ -140,8 +143,9 @@ def _edge(record: dict[str, Any], kind: str) -> str:
 
 def transfer(records: list[dict[str, Any]]) -> str:
     """Scores by number of labels, from random and from pretrained weights; the newest setup's runs."""
-    records = [row for row in records if row["setup"] == records[-1]["setup"] and row["purpose"] == "score"]
-    first, model = records[0], records[0]["model"]
+    newest = [row for row in records if row["setup"] == records[-1]["setup"]]
+    records = [row for row in newest if row["purpose"] == "score"]
+    first, model, complete = records[0], records[0]["model"], []
     num_seeds = len({row["seed"] for row in records})
     lines = [
         f"## Transfer, {first['objective']}\n",
@@ -155,10 +159,7 @@ def transfer(records: list[dict[str, Any]]) -> str:
     for task in dict.fromkeys(row["task"] for row in records):
         for size in sorted({row["num_labels"] for row in records if row["task"] == task}):
             rows = [row for row in records if (row["task"], row["num_labels"]) == (task, size)]
-            by_start = {
-                start: {row["seed"]: row["score"] for row in rows if row["start"] == start}
-                for start in ("random", "pretrained")
-            }
+            by_start = {start: {row["seed"]: row["score"] for row in rows if row["start"] == start} for start in STARTS}
             both = sorted(by_start["random"].keys() & by_start["pretrained"].keys())
             if not both:
                 continue
@@ -166,11 +167,27 @@ def transfer(records: list[dict[str, Any]]) -> str:
             gain = [a - b for a, b in zip(ours, theirs, strict=True)]
             majority = statistics.mean(row["majority"] for row in rows)
             name = f"{task}, {rows[0]['metric']}".replace("_", " ")
+            complete += rows
             lines.append(
                 f"| {name} | {size:,} | {majority:.3f} | {mean_interval(theirs)} | {mean_interval(ours)} "
                 f"| {mean_interval(gain, '+.3f')} |"
             )
-    return "\n".join([*lines, "", where(records[-1])])
+    lines += ["", *_incomplete(newest, {row["task"] for row in complete})]
+    return "\n".join([*lines, where((complete or records)[-1])])
+
+
+def _incomplete(records: list[dict[str, Any]], complete: set[str]) -> Iterator[str]:
+    """What is known of tasks that were not measured to their end, favourable or not."""
+    for task in dict.fromkeys(row["task"] for row in records if row["task"] not in complete):
+        rows = [row for row in records if row["task"] == task and row["purpose"] == "rate"]
+        best = {start: max((row["score"] for row in rows if row["start"] == start), default=None) for start in STARTS}
+        if None in best.values():
+            known = "nothing can be compared"
+        else:
+            known = f"one seed, {rows[0]['num_labels']:,} labels, best rates, {rows[0]['metric']} of "
+            known += f"{rows[0]['num_scored']:,} validation rows: "
+            known += ", ".join(f"from {start} {score:.3f}" for start, score in best.items())
+        yield f"Not measured to the end: {task.replace('_', ' ')} ({known}).\n"
 
 
 def mean_interval(values: list[float], form: str = ".3f") -> str:
