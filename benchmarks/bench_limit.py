@@ -2,12 +2,12 @@
 
     python benchmarks/bench_limit.py [--objective causal|masked] [--repeats 3] [--tiny]
 
-The products are written down while one step of the plain model runs: every multiplication in bfloat16 with its shapes
-and strides, forward and both backward ones, the head's at targets included, in the step's order. Then they are run
-alone, one after the other, on operands that exist already and into results that exist already. A second time each runs
-with operands laid out in the way that is fastest for it. Attention's products (causal: over four blocks of queries, as
-the compiled step has them) are timed apart. Limit and step are processes of their own, A B A B. The share is
-seconds of all products / seconds of a step of `lmssl train`. Results are appended to benchmarks/results/limit.jsonl.
+The products are written down while one step of the plain model runs: every multiplication in the step's precision with
+its shapes and strides, forward and both backward ones, the head's at targets included, in the step's order. Then they
+are run alone, one after the other, on operands that exist already and into results that exist already. A second time
+each runs with operands laid out in the way that is fastest for it. Attention's products (causal: over four blocks of
+queries, as the compiled step has them) are timed apart. Limit and step are processes of their own, A B A B. The share
+is seconds of all products / seconds of a step of `lmssl train`. Results are appended to benchmarks/results/limit.jsonl.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ Product = tuple[Operand, Operand]
 
 
 class Products(TorchDispatchMode):
-    """Writes down every product in bfloat16 that is made under it."""
+    """Writes down every product of a type that is made under it."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.weights: list[Product] = []
         self.attention: list[tuple[int, ...]] = []
         """Shapes of queries, one of each layer."""
@@ -58,7 +59,7 @@ class Products(TorchDispatchMode):
         if kind == "lmssl.plus_product.default":  # turns its left side first, and multiplies part by part
             self.weights.append((_operand(args[1].t().contiguous()), _operand(args[2])))
         pair = args[:2] if kind == "aten.mm.default" else args[1:3] if kind == "aten.addmm.default" else ()
-        if pair and pair[0].dtype == torch.bfloat16:
+        if pair and pair[0].dtype == self.dtype:
             self.weights.append((_operand(pair[0]), _operand(pair[1])))
         return func(*args, **(kwargs or {}))
 
@@ -73,7 +74,7 @@ def first_step(recipe: Recipe) -> Products:
     session = open_session(recipe, lambda text: print(text, file=sys.stderr), lock=lock)
     objective = session.objective
     assert isinstance(objective, SumObjective)
-    with closing(session.batches()) as batches, Products() as products:
+    with closing(session.batches()) as batches, Products(session.core.dtype) as products:
         for micro in next(batches):
             sums = session.core(dict(micro.inputs))
             torch.stack([sums[term] for term in objective.weights]).sum().backward()
@@ -83,25 +84,25 @@ def first_step(recipe: Recipe) -> Products:
     return products
 
 
-def filled(operand: Operand) -> Tensor:
+def filled(operand: Operand, dtype: torch.dtype) -> Tensor:
     """An operand with numbers in it, as rows or as columns."""
     (rows, columns), (first, second) = operand
     if first == 1 and second > 1:
-        return torch.randn(columns, rows).to(torch.bfloat16).t()
-    return torch.randn(rows, columns).to(torch.bfloat16)
+        return torch.randn(columns, rows).to(dtype).t()
+    return torch.randn(rows, columns).to(dtype)
 
 
-def calls(products: list[Product]) -> list[Callable[[], Any]]:
+def calls(products: list[Product], dtype: torch.dtype) -> list[Callable[[], Any]]:
     """Each product on tensors of its own."""
     made = []
     for left, right in products:
-        a, b = filled(left), filled(right)
-        out = torch.empty(left[0][0], right[0][1], dtype=torch.bfloat16)
+        a, b = filled(left, dtype), filled(right, dtype)
+        out = torch.empty(left[0][0], right[0][1], dtype=dtype)
         made.append(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
     return made
 
 
-def fastest(products: list[Product], times: int) -> list[Product]:
+def fastest(products: list[Product], times: int, dtype: torch.dtype) -> list[Product]:
     """The same products with each operand as rows or as columns, whichever pair is fastest for its shape."""
     chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], Product] = {}
     for (left, _), (right, _) in products:
@@ -110,19 +111,19 @@ def fastest(products: list[Product], times: int) -> list[Product]:
         found = []
         for a in ((left, (left[1], 1)), (left, (1, left[0]))):
             for b in ((right, (right[1], 1)), (right, (1, right[0]))):
-                found.append((seconds(calls([(a, b)]), times), (a, b)))
+                found.append((seconds(calls([(a, b)], dtype), times), (a, b)))
         chosen[left, right] = min(found)[1]
     return [chosen[left[0], right[0]] for left, right in products]
 
 
-def attention_calls(shapes: list[tuple[int, ...]], causal: bool) -> list[Callable[[], Any]]:
+def attention_calls(shapes: list[tuple[int, ...]], causal: bool, dtype: torch.dtype) -> list[Callable[[], Any]]:
     """Two products forward and five backward (scores are made again), block by block."""
     made: list[Callable[[], Any]] = []
     for rows, heads, length, head in shapes:
         for start, end, seen in _blocks(length, length, causal):
             narrow, wide = (rows * heads, end - start, head), (rows * heads, seen, head)
-            q, g, k, v = (torch.randn(s).to(torch.bfloat16) for s in (narrow, narrow, wide, wide))
-            p = torch.rand(rows * heads, end - start, seen).to(torch.bfloat16)
+            q, g, k, v = (torch.randn(s).to(dtype) for s in (narrow, narrow, wide, wide))
+            p = torch.rand(rows * heads, end - start, seen).to(dtype)
             scores, of_q, of_k = torch.empty_like(p), torch.empty_like(q), torch.empty_like(k)
             for a, b, out in (
                 *((q, k.transpose(1, 2), scores), (p, v, of_q)),
@@ -149,16 +150,18 @@ def flops(products: list[Product]) -> float:
     return float(sum(2 * left[0] * left[1] * right[1] for (left, _), (right, _) in products))
 
 
-def limit(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step's products."""
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [f"out={scratch}/run", "train.compile=off", "data.workers=0"]
         found = first_step(load_recipe(folder / "recipe-limit.yaml", overrides).recipe)
-    products = found.weights
+    products, dtype = found.weights, found.dtype
+    causal = args.objective == "causal"
     return {
-        "seconds": seconds(calls(products), args.times),
-        "fastest_seconds": seconds(calls(fastest(products, args.times)), args.times),
-        "attention_seconds": seconds(attention_calls(found.attention, args.objective == "causal"), args.times),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": seconds(calls(products, dtype), args.times),
+        "fastest_seconds": seconds(calls(fastest(products, args.times, dtype), dtype), args.times),
+        "attention_seconds": seconds(attention_calls(found.attention, causal, dtype), args.times),
         "flops": flops(products),
         "num_products": len(products),
     }

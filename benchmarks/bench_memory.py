@@ -55,7 +55,7 @@ def measure(vocabulary: int, compiled: bool, args: argparse.Namespace) -> dict[s
     )
     config = build_config(section, vocab_size=vocabulary, sequence_length=args.length, tokenizer=None)
     model = build_model(config, objective="causal", seed=1)
-    module = LossModule(model, CausalObjective(), bf16=True).train()
+    module = LossModule(model, CausalObjective(), bf16=args.precision == "bf16").train()
     optimizer = build_optimizer(model, AdamW(kind="adamw", lr=1e-3))
     if compiled:
         module.compile(dynamic=False)
@@ -94,6 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a model too small to mean anything, to try the script")

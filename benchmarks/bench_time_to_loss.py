@@ -27,6 +27,8 @@ from typing import Any
 from entrants import BASELINE, PEERS, Peer, prepare, recipe_of, theirs, train_rows
 from record import place, run, without_compiling, write
 
+from lmssl.train.precision import multiplies_bf16
+
 HELD_OUT_EVERY = 20
 COMPILE_FROM_SECONDS = 240
 """A run of ours that is shorter is not compiled: that alone takes up to a minute and a half."""
@@ -154,7 +156,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train all, judge all, append the record."""
     args = parse()
-    tuned_way = Peer("trainer.py", ("--bf16", "--compile"), masked=True)
+    bf16 = ("--bf16",) if multiplies_bf16("cpu") else ()  # its best on this processor
+    way = f"Trainer, {'bf16' if bf16 else 'fp32'}, compiled"
+    tuned_way = Peer("trainer.py", (*bf16, "--compile"), masked=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         section = prepare(folder, args)
@@ -163,8 +167,10 @@ def main() -> None:
         say(targets["defaults"])
         tried = []
         for lr in args.rates:
-            tried.append(peer(folder, args, f"Trainer, bf16, compiled, learning rate {lr:g}", tuned_way, lr))
+            tried.append(peer(folder, args, f"{way}, learning rate {lr:g}", tuned_way, lr))
             say(tried[-1])
+        if (best := min(tried, key=lambda one: one.bits_per_byte)) in (tried[0], tried[-1]) and len(tried) > 1:
+            print(f"{best.name} is at the edge of its grid: widen it", flush=True)
         targets["tuned"] = min(tried, key=lambda one: one.bits_per_byte)
         found: list[Trained] = []
         for share in sorted(args.shares):

@@ -35,11 +35,15 @@ class Peer:
 
 PEERS = {
     BASELINE: Peer("trainer.py", masked=True),
-    "Trainer, best: bf16, compiled": Peer("trainer.py", ("--bf16", "--compile"), masked=True),
+    "Trainer: bf16, compiled": Peer("trainer.py", ("--bf16", "--compile"), masked=True),
+    "Trainer: fp32, compiled": Peer("trainer.py", ("--compile",), masked=True),
     "nanoGPT loop, documented for CPU: fp32, eager": Peer("nanogpt.py"),
-    "nanoGPT loop, best: bf16, compiled, fused": Peer("nanogpt.py", ("--dtype", "bfloat16", "--compile", "--fused")),
-    "litgpt, defaults and best: bf16, compiled": Peer("litgpt_pretrain.py"),
+    "nanoGPT loop: bf16, compiled, fused": Peer("nanogpt.py", ("--dtype", "bfloat16", "--compile", "--fused")),
+    "nanoGPT loop: fp32, compiled, fused": Peer("nanogpt.py", ("--compile", "--fused")),
+    "litgpt, defaults: bf16, compiled": Peer("litgpt_pretrain.py"),
+    "litgpt: fp32, compiled": Peer("litgpt_pretrain.py", ("--precision", "32-true")),
 }
+"""As documented, and compiled in either precision: which of the two is the best depends on the processor."""
 
 
 def peers_of(objective: str) -> dict[str, Peer]:

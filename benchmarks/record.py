@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+_BF16_FLAGS = frozenset(("amx_bf16", "avx512_bf16"))
+"""What multiplies bfloat16; processors of one name differ in it, and training rates with them."""
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
     model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
+    flags = next((line.split(":")[1].split() for line in _cpuinfo() if line.startswith("flags")), [])
     versions = {name: version(name) for name in _PACKAGES}
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     return {
         "cpu": model,
+        "bf16": sorted(_BF16_FLAGS.intersection(flags)),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),

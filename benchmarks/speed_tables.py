@@ -44,13 +44,13 @@ def limit(record: dict[str, Any]) -> str:
     """Matrix products alone against the step."""
     rate, rounds = record.get("rate"), record["rounds"]
     masked = "" if rate is None else f", {rate:.0%} of them masked"
-    columns = {name: [row[name] for row in rounds] for name in rounds[0]}
+    columns = {name: [row[name] for row in rounds] for name in rounds[0] if name != "dtype"}
     products = [a / b / 1e12 for a, b in zip(columns["flops"], columns["seconds"], strict=True)]
     lines = [
         f"## The step against its matrix products, {'causal' if rate is None else 'masked'}, CPU\n",
         f"{_shape(record)}; {record['rows']} sequences of {record['sequence_length']} tokens a step{masked}. The "
-        f"{rounds[0]['num_products']} products of a step in bf16, forward and backward, run alone at their shapes on "
-        "operands that lie ready; share: their seconds / the seconds of a step.\n",
+        f"{rounds[0]['num_products']} products of a step in {rounds[0]['dtype']}, forward and backward, run alone at "
+        "their shapes on operands that lie ready; share: their seconds / the seconds of a step.\n",
         "| what | seconds | share of the step |",
         "| --- | --- | --- |",
         f"| a training step | {spread(columns['step_seconds'], '.3f')} | |",

@@ -195,6 +195,7 @@ def recipe(
             "batch_tokens": batch_tokens,
             "micro_batch_sequences": micro_sequences,
             "compile": "layers",
+            "precision": "bf16",  # also where the script is tried on a processor that would choose otherwise
         },
         "checkpoint": {"every_steps": None},
     }

@@ -1,6 +1,6 @@
 """litgpt's own `pretrain` on the model shape and text of the others: its setup, its loop, its defaults.
 
-Its defaults on CPU are its best: bf16 autocast, a compiled model, and an AdamW that its code forbids to be fused there.
+Its defaults: bf16 autocast, a compiled model, and on CPU an AdamW that its code forbids to be fused there.
 The data module gives it batches of random rows; the times between its requests for one are those of the steps.
 Prints one JSON line.
 
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, required=True)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--precision", default=None, help="by Lightning's names, such as 32-true")
     args = parser.parse_args()
     sys.argv = [sys.argv[0], "bench"]  # litgpt reads it again, as its own command line, when it saves
     config = shape(args.model, args.sequence_length)
@@ -114,6 +115,7 @@ def main() -> None:
             ),
             eval=EvalArgs(interval=10**9, max_iters=1, initial_validation=False, final_validation=False),
             devices=1,
+            precision=args.precision,
             logger_name="csv",
         )
     # The first request follows compiling for validation, the last one comes after the last step.
