@@ -165,8 +165,16 @@ class SequenceStream:
 
     def sequences(self, positions: Sequence[int]) -> Rows:
         """The sequences at some positions of one length, in their order; faster than one by one."""
-        found = ((self._windows.get(plan), address.index) for address, plan in map(self.locate, positions))
-        return gather_rows(list(found), self.layout_at(positions[0]) if positions else self.layout)
+        windows: dict[tuple[str, int], Window] = {}
+        found = []
+        for corpus, k in map(self.order.locate, positions):
+            epochs = self._epochs[corpus]
+            number, index = epochs.find(k)
+            window = windows.get((corpus, number))
+            if window is None:
+                window = windows[corpus, number] = self._windows.get(epochs.plan(number))
+            found.append((window, index))
+        return gather_rows(found, self.layout_at(positions[0]) if positions else self.layout)
 
     def layout_at(self, position: int) -> Layout:
         """How documents become sequences in the stage that holds a position."""

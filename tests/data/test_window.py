@@ -76,6 +76,7 @@ def test_rows_are_gathered_together_as_one_by_one(plan: WindowPlan) -> None:
     places = [(window, index) for index in range(window.num_sequences)]
     places = [place for pair in zip(places, [None] * len(places), strict=True) for place in pair]  # type: ignore[misc]
     rows = gather_rows([*places, (other, 3)], LAYOUT)
+    assert "offsets_BT" not in vars(rows), "who asks for ids and segments pays for no offsets"
     assert rows.ids_BT.dtype == rows.offsets_BT.dtype == np.int64 and rows.segments_BT.dtype == np.int32
     num_padded = 0
     for row, place in enumerate([*places, (other, 3)]):
