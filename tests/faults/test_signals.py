@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from faulty_runs import faulty_run, interrupt
+from faulty_runs import FaultyRun, faulty_run, interrupt
 from lmssl import checkpoint
 from runs import metrics, small_recipe, tensors_of, write_recipe
 
@@ -40,24 +41,47 @@ def assert_equal(first: Path, second: Path) -> None:
     assert without_clock(first) == without_clock(second)
 
 
+def assert_preempted(run: FaultyRun, began: float) -> None:
+    """In the time that schedulers give."""
+    assert run.end() == 75, run.output
+    assert time.monotonic() - began < SECONDS_TO_END
+
+
+SECONDS_TO_END = 25
 IN_THE_THIRD_STEP = "on_sums(lambda n, training: at('micro') if training and n == 10 else None)"
+IN_A_WAIT_FOR_DATA = """
+from lmssl.train.session import Session
+batches = Session.batches
+def waiting(self):
+    for n, micro_batches in enumerate(batches(self)):
+        if n == 2:
+            at("micro")
+        yield micro_batches
+Session.batches = waiting
+"""
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("how", "fault"),
+    [
+        *((how, IN_THE_THIRD_STEP) for how in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)),
+        (signal.SIGINT, IN_A_WAIT_FOR_DATA),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT", "SIGINT in a wait for data"],
+)
 def test_a_signal_in_a_step_drops_it_and_saves_the_last_one(
-    tmp_path: Path, text_folder: Path, how: signal.Signals
+    tmp_path: Path, text_folder: Path, how: signal.Signals, fault: str
 ) -> None:
     """Twice for SIGTERM, as schedulers do; the third step is in its second of four micro-batches."""
     recipe = recipe_of(tmp_path, text_folder)
-    with faulty_run(tmp_path, recipe, IN_THE_THIRD_STEP) as run:
-        pid = run.reached("micro")
+    with faulty_run(tmp_path, recipe, fault) as run:
+        pid, began = run.reached("micro"), time.monotonic()
         interrupt(pid, how)
         if how == signal.SIGTERM:
             interrupt(pid, how)
-        began = time.monotonic()
-        run.go("micro")
-        assert run.end() == 75, run.output
-        assert time.monotonic() - began < 25
+        if fault == IN_THE_THIRD_STEP:  # the wait is ended by the signal
+            run.go("micro")
+        assert_preempted(run, began)
         assert "stopped by a signal after step 2" in run.output
         assert "Traceback" not in run.output
     assert checkpoint.find_step(tmp_path / "run", None).step == 2
@@ -69,7 +93,10 @@ def test_a_signal_in_a_step_drops_it_and_saves_the_last_one(
         assert_equal(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_signal_in_an_evaluation_is_heard_and_the_evaluation_is_made_again(tmp_path: Path, text_folder: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_an_evaluation_is_heard_and_the_evaluation_is_made_again(
+    tmp_path: Path, text_folder: Path, how: signal.Signals
+) -> None:
     change = {"evaluate.every_steps": 2}
     fault = """
 trained = []
@@ -83,12 +110,15 @@ on_sums(act)
 """
     recipe = recipe_of(tmp_path, text_folder, **change)
     with faulty_run(tmp_path, recipe, fault) as run:
-        interrupt(run.reached("evaluation"), signal.SIGTERM)
+        pid, began = run.reached("evaluation"), time.monotonic()
+        interrupt(pid, how)
         run.go("evaluation")
-        assert run.end() == 75, run.output
+        assert_preempted(run, began)
     found = checkpoint.find_step(tmp_path / "run", None)
     assert found.step == 2
     assert json.loads(found.text("state.json"))["evaluation"]["step"] == 0
+    if how == signal.SIGINT:  # what follows is the same
+        return
     with faulty_run(tmp_path, recipe) as run:
         assert run.end() == 0, run.output
     with faulty_run(tmp_path, recipe_of(tmp_path, text_folder, "whole", **change)) as run:
@@ -96,8 +126,10 @@ on_sums(act)
     assert_equal(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_signal_in_a_save_leaves_one_valid_checkpoint(tmp_path: Path, text_folder: Path, asynchronous: bool) -> None:
+@pytest.mark.parametrize(("asynchronous", "how"), [(True, signal.SIGTERM), (False, signal.SIGINT)])
+def test_a_signal_in_a_save_leaves_one_valid_checkpoint(
+    tmp_path: Path, text_folder: Path, asynchronous: bool, how: signal.Signals
+) -> None:
     fault = """
 from lmssl.checkpoint import protocol
 write = protocol.write_tensors
@@ -109,11 +141,11 @@ protocol.write_tensors = slow
 """
     recipe = recipe_of(tmp_path, text_folder, **{"checkpoint.every_steps": 2, "checkpoint.asynchronous": asynchronous})
     with faulty_run(tmp_path, recipe, fault) as run:
-        pid = run.reached("save")
-        interrupt(pid, signal.SIGTERM)
-        interrupt(pid, signal.SIGTERM)
+        pid, began = run.reached("save"), time.monotonic()
+        interrupt(pid, how)
+        interrupt(pid, how)
         run.go("save")
-        assert run.end() == 75, run.output
+        assert_preempted(run, began)
     found = checkpoint.find_step(tmp_path / "run", None)
     assert found.step in ((2, 3) if asynchronous else (2,))
     folders = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -159,17 +191,31 @@ def test_a_first_interrupt_while_compiling_ends_at_once(tmp_path: Path, text_fol
         assert "Traceback" not in run.output
 
 
-def test_two_processes_stop_together_when_the_launcher_is_asked_to(tmp_path: Path, text_folder: Path) -> None:
-    """Rank 0 is held in the third step's second micro-batch, rank 1 waits for it in the exchange of gradients."""
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_together_when_the_launcher_is_asked_to(
+    tmp_path: Path, text_folder: Path, how: signal.Signals
+) -> None:
+    """Rank 0 is held in the third step's second micro-batch, rank 1 waits for it in the exchange of gradients.
+
+    SIGINT goes to the whole group, as a terminal sends it.
+    """
     fault = "on_sums(lambda n, training: at('micro') if training and n == 6 and RANK == 0 else None)"
     recipe = recipe_of(tmp_path, text_folder)
     with faulty_run(tmp_path, recipe, fault, launcher="torchrun") as run:
         run.reached("micro")
-        interrupt(run.process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        if how == signal.SIGTERM:
+            interrupt(run.process.pid, how)
+        else:
+            os.killpg(run.process.pid, how)
         time.sleep(1.0)
         run.go("micro")
         assert run.end() != 0, run.output
+        assert time.monotonic() - began < SECONDS_TO_END
+        assert run.output.count("stopped by a signal after step") == 2, run.output
     assert checkpoint.find_step(tmp_path / "run", None).step in (2, 3)
+    if how == signal.SIGINT:
+        return
     with faulty_run(tmp_path, recipe, launcher="torchrun") as run:
         assert run.end() == 0, run.output
     with faulty_run(tmp_path, recipe_of(tmp_path, text_folder, "whole"), launcher="torchrun") as run:
