@@ -235,6 +235,23 @@ def loop(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(record)])
 
 
+def parity(record: dict[str, Any]) -> str:
+    """How far the run under each backend is from that of one process."""
+    lines = [
+        "## The same run under every backend\n",
+        f"Llama of two layers on CPU over gloo, 24 rows of unequal paragraphs a step, {record['steps']} clipped steps. "
+        "Largest absolute differences from one process: of the loss of any step or evaluation, and of any number of "
+        "the last checkpoint. What is allowed stands in tests/numerics/test_parity.py.\n",
+        "| optimiser, precision | backend (processes) | loss | weights | optimiser | averages | loss falls |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        numbers = " | ".join(f"{row[name]:.1e}" for name in ("loss", "model", "optim", "ema"))
+        falls = f"{row['first_loss']:.2f} to {row['last_loss']:.2f}"
+        lines.append(f"| {row['kind']} | {row['backend']} ({row['processes']}) | {numbers} | {falls} |")
+    return "\n".join([*lines, "", where(record)])
+
+
 TABLES = {
     "train": speed_tables.train,
     "limit": speed_tables.limit,
@@ -249,6 +266,7 @@ TABLES = {
     "optim": optim,
     "checkpoint": checkpoint,
     "loop": loop,
+    "parity": parity,
 }
 
 
