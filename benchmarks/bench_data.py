@@ -45,6 +45,7 @@ PEERS = {
     "datatrove DocumentTokenizer": "data_datatrove.py",
 }
 BASELINE = "datasets.map + group_texts"
+PADDING_LENGTHS = (512, 2048, 8192)
 _READ_BATCH = 32
 """Sequences that are asked for together."""
 
@@ -96,9 +97,24 @@ def ours(form: str, folder: Path, out: Path, args: argparse.Namespace) -> dict[s
     count = sum(stream.num_sequences_per_epoch().values())
     seconds = time.perf_counter() - started
     row = {"seconds": seconds, "tokens": found.num_tokens, "padding_ratio": stream.totals().padding_ratio}
+    if form == "jsonl":  # whole documents of every length
+        row["padding"] = [padding(loaded.data, length, out, args) for length in PADDING_LENGTHS]
     if args.reads:
         row["read_tokens_per_second"] = read_rate(stream, count, args)
     return row
+
+
+def padding(section: Any, length: int, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Padding of an epoch in sequences of a length, and the sequences of each window."""
+    from lmssl.data.stream import SequenceStream
+    from lmssl.tokenizer.load import load_tokenizer
+
+    section = section.model_copy(update={"sequence_length": length})
+    tokenizer = load_tokenizer(Path(args.tokenizer))
+    stream = SequenceStream.open(section, tokenizer, seed=1, cache_dir=out / "cache", report=complain)
+    stream.num_sequences_per_epoch()
+    sizes = [entry.num_sequences for entry in stream.ledger.entries("text")]
+    return {"sequence_length": length, "padding_ratio": stream.totals().padding_ratio, "num_sequences": sizes}
 
 
 def read_rate(stream: Any, count: int, args: argparse.Namespace) -> float:
@@ -250,6 +266,7 @@ def write(args: argparse.Namespace, num_bytes: int, rows: dict[str, list[dict[st
         "sequence_length": args.sequence_length,
         "processes": args.processes,
         "machine": machine(),
+        "padding": next((found[0]["padding"] for found in rows.values() if "padding" in found[0]), []),
         "entrants": entrants,
     }
     args.out.parent.mkdir(exist_ok=True)

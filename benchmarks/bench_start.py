@@ -29,6 +29,8 @@ from record import machine
 
 HERE = Path(__file__).parent
 SEED = 1
+_LOOK_SECONDS = 0.02
+"""Between two looks at the memory of a command's processes; each one's peak only ever rises."""
 MAX_DOCUMENT_BYTES, FILE_BYTES = 10**6, 64 * 10**6
 
 
@@ -103,7 +105,7 @@ def first_batch(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """`lmssl prepare`: seconds, and the peak memory of its main process, which builds like the others."""
+    """`lmssl prepare`: seconds, and the peak memory of its main process, to which `run` adds that of the others."""
     from lmssl.cli import main
 
     began = time.perf_counter()
@@ -128,11 +130,24 @@ def write_ledger(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def peak() -> int:
-    """Peak memory of this process in bytes; mapped files count where touched."""
+def peak(pid: int | str = "self") -> int:
+    """Peak memory of a process in bytes; mapped files count where touched."""
     # Not `ru_maxrss`, which a process inherits from the one that started it.
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    lines = Path("/proc", str(pid), "status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and theirs."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(path.parent.name))
+    found = parents.get(pid, []).copy()
+    for child in found:
+        found += parents.get(child, [])
+    return found
 
 
 TASKS = {"first_batch": first_batch, "prepare": prepare, "write_ledger": write_ledger}
@@ -143,10 +158,21 @@ def run(task: str, recipe: Path, args: argparse.Namespace, position: int = 0, le
     command = [sys.executable, __file__, str(recipe), "--task", task, "--position", str(position)]
     command += ["--tokenizer", args.tokenizer, *(["--ledger", str(ledger)] if ledger else [])]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        raise SystemExit(f"{task} failed:\n{done.stderr[-3000:]}")
-    row = json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=env)
+        peaks: dict[int, int] = {}
+        while process.poll() is None:
+            for pid in (process.pid, *descendants(process.pid)):
+                with contextlib.suppress(OSError, StopIteration):
+                    peaks[pid] = max(peaks.get(pid, 0), peak(pid))
+            time.sleep(_LOOK_SECONDS)
+        said.seek(0)
+        printed = said.read()
+    if process.returncode:
+        raise SystemExit(f"{task} failed:\n{printed[-3000:]}")
+    row = json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("{")))
+    others = sum(found for pid, found in peaks.items() if pid != process.pid)
+    row |= {"memory_bytes": row["memory_bytes"] + others, "processes": len(peaks)}
     print(f"{task:12} {recipe.parent.name:8} {position:10} {json.dumps(row)}", flush=True)
     return row
 
@@ -155,8 +181,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
     """All figures, by name."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for repeat in range(args.repeats):
-        cold = write_recipe(folder / f"cold{repeat}" / "recipe.json", folder / "large", args)
-        rows.setdefault("first batch, un-prepared", []).append(run("first_batch", cold, args))
+        for name, label in (("large", "un-prepared"), ("small", "un-prepared, small")):
+            cold = write_recipe(folder / f"cold-{name}{repeat}" / "recipe.json", folder / name, args)
+            rows.setdefault(f"first batch, {label}", []).append(run("first_batch", cold, args))
     recipes = {}
     for repeat in range(args.repeats):
         for name in ("small", "large"):
@@ -164,7 +191,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
             rows.setdefault(f"prepare, {name}", []).append(run("prepare", recipes[name], args))
     far, ledger = args.position, folder / "ledger.jsonl"
     rows["ledger of the far position"] = [run("write_ledger", recipes["large"], args, far, ledger)]
-    for _ in range(args.repeats):
+    for _ in range(args.starts):
         rows.setdefault("first batch, position 0", []).append(run("first_batch", recipes["large"], args))
         rows.setdefault("first batch, far position", []).append(run("first_batch", recipes["large"], args, far, ledger))
         rows.setdefault("first batch, small, position 0", []).append(run("first_batch", recipes["small"], args))
@@ -177,6 +204,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--pattern", default="**/*")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=9, help="repeats of first batches of what is prepared")
     parser.add_argument("--tokenizer", default="tokenizer/bpe-16k")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--position", type=int, default=10**7)
@@ -200,6 +228,7 @@ def main() -> None:
             "sequence_length": args.sequence_length,
             "position": args.position,
             "machine": machine(),
+            "memory": "tree",
             "rows": rows,
         }
     args.out.parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import data_tables
 import gpu_tables
 import speed_tables
 from cells import spread, where
@@ -25,50 +26,6 @@ def startup(record: dict[str, Any]) -> str:
     """Wall seconds of commands that must answer at once."""
     lines = ["## Answers at once\n", "| command | seconds |", "| --- | --- |"]
     lines += [f"| `{e['name']}` | {spread(e['seconds'], '.3f')} |" for e in record["entrants"]]
-    return "\n".join([*lines, "", where(record)])
-
-
-def data(record: dict[str, Any]) -> str:
-    """Corpus to packed sequences on disk; the ratio is taken round by round."""
-    text, count = record["text"], record["processes"]
-    lines = [
-        f"## Data, {record['tokenizer']}\n",
-        f"Corpus -> sequences of {record['sequence_length']:,} tokens on disk: {text['name']}, "
-        f"{text['bytes'] / 1e6:,.0f} MB of text (sha256 {text['sha256']}); {count} processes or threads; imports "
-        "are not counted, starting workers and loading the tokenizer are. Reading: sequences at random places from a "
-        "warm page cache, one process.\n",
-        "| entrant | M tokens/s, per core | MB/s, per core | ratio | reading, M tokens/s | padding |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for entrant in record["entrants"]:
-        tokens = [rate / 1e6 / count for rate in entrant["tokens_per_second"]]
-        megabytes = [rate / 1e6 / count for rate in entrant["bytes_per_second"]]
-        ratio = spread(entrant["ratio_to_baseline"], ".1f") if entrant["ratio_to_baseline"] else ""
-        reads = entrant["read_tokens_per_second"]
-        reading = spread([rate / 1e6 for rate in reads], ".1f") if reads else ""
-        padding = "" if entrant["padding_ratio"] is None else f"{entrant['padding_ratio']:.3%}"
-        lines.append(
-            f"| {entrant['name']} | {spread(tokens, '.2f')} | {spread(megabytes, '.1f')} | {ratio} | {reading} "
-            f"| {padding} |"
-        )
-    return "\n".join([*lines, "", where(record)])
-
-
-def start(record: dict[str, Any]) -> str:
-    """Seconds to the first batch and peak memory."""
-    text = record["text"]
-    lines = [
-        "## Data, time to the first batch and memory\n",
-        f"{text['bytes'] / 1e6:,.0f} MB of text ({text['name']}) as JSON lines, and a tenth (small); sequences of "
-        f"{record['sequence_length']:,} tokens, batches of 8; far position: {record['position']:,}. Fresh processes. "
-        "The first batch is timed from opening the recipe on, with torch imported, whose memory is included there. "
-        "`lmssl prepare` runs without torch; the memory is that of its main process.\n",
-        "| what | seconds | peak memory, MB |",
-        "| --- | --- | --- |",
-    ]
-    for name, rows in record["rows"].items():
-        memory = spread([row["memory_bytes"] / 1e6 for row in rows], ",.0f")
-        lines.append(f"| {name} | {spread([row['seconds'] for row in rows], '.2f')} | {memory} |")
     return "\n".join([*lines, "", where(record)])
 
 
@@ -259,8 +216,8 @@ TABLES = {
     "time_to_loss": speed_tables.time_to_loss,
     "scaling": speed_tables.scaling,
     "startup": startup,
-    "data": data,
-    "start": start,
+    "data": data_tables.data,
+    "start": data_tables.start,
     "head": head,
     "quality": quality,
     "optim": optim,
