@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from launched_runs import HALF, STEPS, assert_same_run, launch, recipe_of, run_segments
 from lmssl import checkpoint
 from lmssl.checkpoint import checkpoints_path
+from lmssl.export import export_run
 from lmssl.recipe.load import load_recipe
 from lmssl.train.run import train
-from runs import metrics, small_recipe, tensors_of, write_recipe
+from runs import metrics, small_recipe, tensors_of, write_lines, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -53,11 +55,59 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Weights outside of layers that are read in many ways: tied and not, by two models, by two stacks."""
 
 
+LIKELY = ("untied", "bert")
+"""Families that say how likely a text is, which a suite asks."""
+
+
+def suite_of(folder: Path) -> Path:
+    """Odd numbers of rows, so that ranks have different shares of them."""
+    text = write_lines(
+        folder / "text.jsonl", [{"text": "The for statement is used to iterate. " * n} for n in (1, 2, 5)]
+    )
+    verbs = [("are", "is"), ("is", "are"), ("are", "is")] * 3
+    pairs = [
+        {"sentence_good": f"The {n} cats {good} here.", "sentence_bad": f"The {n} cats {bad} here."}
+        for n, (good, bad) in enumerate(verbs)
+    ]
+    path, asked = folder / "suite.yaml", write_lines(folder / "pairs.jsonl", pairs)
+    path.write_text(
+        f"""evaluations:
+  - {{name: text, kind: loss, corpus: {{name: text, kind: jsonl, path: {text}}}, context_tokens: 32}}
+  - {{name: pairs, kind: minimal_pairs, path: {asked}}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def assert_exported_as_saved(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, by name; ELECTRA's generator lies in a folder inside the export, with what both models read."""
+    # Without the fresh process, which compares an export with the model that was loaded: tests/export has that.
+    monkeypatch.setattr("lmssl.export.folder.verify", lambda *_, **__: 0.0)
+    out = run.with_name(f"{run.name}-export")
+    export_run(run, None, out, lambda _: None)
+    saved = tensors_of(checkpoint.find_step(run, None), "model")
+    exported = load_file(out / "model.safetensors")
+    if (out / "generator").exists():
+        exported = {f"discriminator.{name}": tensor for name, tensor in exported.items()}
+        inner = load_file(out / "generator" / "model.safetensors")
+        exported |= {f"generator.{name}": tensor for name, tensor in inner.items()}
+        shared = exported.keys() - saved.keys()
+        assert shared, "the embeddings are saved once"
+        assert all(any(exported[name].equal(tensor) for tensor in saved.values()) for name in shared)
+        exported = {name: tensor for name, tensor in exported.items() if name not in shared}
+    assert exported.keys() == saved.keys()
+    assert all(exported[name].equal(saved[name]) for name in saved)
+
+
 def family_recipe(folder: Path, text: Path, name: str) -> Path:
     changes: dict[str, Any] = {"data.packing": "none", "train.precision": "fp32", "train.micro_batch_sequences": 5}
     changes |= {"train.batch_tokens": 64 * 24, "train.tokens": 64 * 24 * 6, "evaluate.every_steps": 3}
     changes |= {"evaluate.samples": {"max_new_tokens": 12, "temperature": 0}}
-    changes |= FAMILIES[name.split("-")[0]]
+    family = name.split("-")[0]
+    changes |= FAMILIES[family]
+    if family in LIKELY:
+        changes["evaluate.suite"] = str(suite_of(folder))
     recipe = small_recipe(text, folder / name, text.parent / "parity-cache", steps=6, **changes)
     return write_recipe(folder / f"{name}.yaml", recipe)
 
@@ -89,6 +139,18 @@ def test_two_processes_equal_one(
 ) -> None:
     theirs = run_under(backend, runs, launched, text_folder, root)
     assert_same_run(launched["single"], theirs, loss=5e-6, weights=2e-5)
+
+
+@pytest.mark.parametrize("backend", RESHARDED)
+def test_what_each_backend_saved_is_exported(
+    backend: str,
+    runs: Path,
+    launched: dict[str, Path],
+    text_folder: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert_exported_as_saved(run_under(backend, runs, launched, text_folder, root), monkeypatch)
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
@@ -153,10 +215,10 @@ def test_loading_and_saving_change_no_bit(
     run_segments(runs / "exact.json", plan[-1:], processes=4)
 
 
-def test_every_family_is_divided_well(runs: Path, text_folder: Path) -> None:
+def test_every_family_is_divided_well(runs: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reads weights outside of layers reads whole ones: six steps of each family under what divides weights.
 
-    The texts that are written meanwhile are the same, too.
+    The texts that are written meanwhile are the same, too, and the answers to a suite; exports hold what was saved.
     """
     names = [f"{family}-{backend}" for family in FAMILIES for backend in ("fsdp2", "zero3")]
     plan = [{"backend": n.split("-")[1], "recipe": str(family_recipe(runs, text_folder, n))} for n in names]
@@ -174,6 +236,14 @@ def test_every_family_is_divided_well(runs: Path, text_folder: Path) -> None:
                 assert (b["kind"], b["step"], b.get("samples")) == (a["kind"], a["step"], a.get("samples")), name
                 if "loss" in a:
                     assert b["loss"] == pytest.approx(a["loss"], rel=2e-5), name
+                if a["kind"] == "suite":
+                    assert b["name"] == a["name"]
+                    assert b["metrics"] == pytest.approx(a["metrics"], rel=2e-5), name
+            if family != "untied":
+                assert_exported_as_saved(runs / name, monkeypatch)
+        asked = [(row["step"], row["name"]) for row in metrics(runs / family) if row["kind"] == "suite"]
+        asked = [(step, name) for step, name in asked if name != "samples"]
+        assert asked == [(n, name) for n in (0, 3, 6) for name in ("text", "pairs") if family in LIKELY]
 
 
 MUON: dict[str, Any] = {
