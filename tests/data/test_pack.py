@@ -1,11 +1,14 @@
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmssl.data import python_docs
 from lmssl.data.pack import PACKINGS, Packing, pack_best_fit, pack_concat, pack_none
+from lmssl.data.records import Record
 
 LENGTHS = st.lists(st.integers(0, 90), max_size=60)
 SEQUENCE_LENGTHS = st.integers(1, 40)
@@ -71,6 +74,26 @@ def test_no_two_sequences_of_best_fit_could_be_one(lengths: list[int], sequence_
     assert all(a + b > sequence_length for a, b in pairwise(used))
     # So at most one sequence is less than half full, and without cuts no packing needs half as many.
     assert packing.num_sequences < 2 * sum(lengths) / sequence_length + 1
+
+
+@pytest.fixture(scope="module")
+def docstring_tokens() -> Any:
+    """Lengths as python_docs has them, at four bytes a token: the language reference and every twelfth module."""
+    paths = python_docs.list_files()
+    paths = [path for number, path in enumerate(paths) if number % 12 == 0 or path.endswith("topics.py")]
+    records = (item for path in paths for item in python_docs.read_docs(path))
+    return np.array([len(item.raw) // 4 + 1 for item in records if isinstance(item, Record)])
+
+
+@pytest.mark.parametrize("sequence_length", [512, 2048, 8192])
+def test_padding_in_windows_of_a_thousand_sequences(docstring_tokens: Any, sequence_length: int) -> None:
+    draw = np.random.default_rng(sequence_length)
+    count = 1000 * sequence_length // int(docstring_tokens.mean()) + 1000
+    lengths = draw.choice(docstring_tokens, count)
+    assert lengths.max() > 2048 > 100 > np.median(lengths)
+    packing = pack_best_fit(lengths, sequence_length)
+    assert packing.num_sequences >= 1000 and packing.padding_ratio <= 0.002
+    assert (np.bincount(packing.documents)[lengths <= sequence_length] == 1).all()
 
 
 @given(LENGTHS, SEQUENCE_LENGTHS)

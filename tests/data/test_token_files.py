@@ -1,3 +1,6 @@
+import ast
+import importlib
+import re
 import struct
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -280,6 +283,15 @@ def test_tokens_cannot_be_decontaminated(open_stream: Any, tmp_path: Path, docum
     with pytest.raises(DataError, match="cannot be compared with evaluation text") as caught:
         open_stream(tokens_corpus(tmp_path / "a.ds"), filters=filters).sequence(0)
     assert caught.value.where == "data.filters.decontaminate, corpus 'ready'"
+
+
+def test_the_guide_names_what_datatrove_has(root: Path) -> None:
+    pytest.importorskip("datatrove")
+    blocks = re.findall(r"^```python\n(.*?)^```", (root / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    names = {(node.module or "", alias.name) for node in nodes for alias in node.names}
+    assert {name for _, name in names} >= {"MinhashDedupSignature", "GopherQualityFilter", "DocumentTokenizer"}
+    assert [name for module, name in names if not hasattr(importlib.import_module(module), name)] == []
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
