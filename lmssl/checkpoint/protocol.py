@@ -83,6 +83,8 @@ class RankWriter:
     num_ranks: int
     meeting: Meeting
     keep: Keep
+    progress: Callable[[], None]
+    """Called for each file that is written or read back."""
 
     def prepare(
         self, step: int, tensors: Callable[[], Groups], texts: Mapping[str, str], facts: Mapping[str, Any]
@@ -144,6 +146,7 @@ class RankWriter:
         for group, named in job.tensors.items():
             name = tensor_file(group, self.rank, self.num_ranks)
             written[name] = write_tensors(partial / name, named)
+            self.progress()
         for name, text in job.texts.items() if self.rank == 0 else ():
             write_synced(partial / name, text)
             written[name] = fingerprint(partial / name)
@@ -151,6 +154,7 @@ class RankWriter:
             _forget_cached(partial / name)
             if fingerprint(partial / name) != expected:
                 raise OSError(f"{name} was read back otherwise than it was written; the disk or the memory is faulty")
+            self.progress()
         return written
 
     def _publish(self, job: Job, files: Mapping[str, Any]) -> None:

@@ -74,7 +74,9 @@ class Saver:
             group: what ranks meet by; None: there is one.
             about: what manifests say of the run, such as backend, versions and fingerprints.
         """
-        self._writer = RankWriter(run, rank, num_ranks, group or Alone(), keep)
+        self.progress: Callable[[], None] = lambda: None
+        """Called for each file that is written or read back, perhaps in the thread."""
+        self._writer = RankWriter(run, rank, num_ranks, group or Alone(), keep, lambda: self.progress())
         self._clock, self._report, self._about = clock, report, dict(about or {})
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None

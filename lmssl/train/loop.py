@@ -222,6 +222,8 @@ class Loop:
 
     def _save(self) -> None:
         with self.phases.inside(named.SAVE):
+            if self.log is not None:
+                self.log.sync()
             self.session.save()
         self._saved_step = self.session.state.step
 

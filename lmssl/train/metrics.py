@@ -90,6 +90,11 @@ class MetricsLog:
             self._warned = True
             self._report(f"{self.path} cannot be written, training goes on and tries again at the next line: {error}")
 
+    def sync(self) -> None:
+        """Wait until the lines so far are on the disk: what a checkpoint has done is not made and written again."""
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

@@ -85,9 +85,7 @@ def open_session(
     if continuation.found is None:
         continuation = Continuation(branch_point(recipe))
     found = continuation.found
-    state = TrainState() if found is None else TrainState.from_json(found.text("state.json"))
-    if rollbacks is not None:
-        state.rollbacks = list(rollbacks)
+    state = _state_of(found, rollbacks)
     recipe = _without_rolled_back(recipe, state)
     saved = None if found is None else found.text("config.json")
     config = recipe_config(recipe, tokenizer, saved=saved, choose=_chosen_step)
@@ -123,6 +121,14 @@ def open_session(
     session = Session(recipe, run, config, stream, objective, backend, state, compiled, report, set_aside, saver, asked)
     _open_run_folder(session, tokenizer, continuation, begun_with, lock)
     return session
+
+
+def _state_of(found: checkpoint.Checkpoint | None, rollbacks: Sequence[dict[str, Any]] | None) -> TrainState:
+    """Where the run goes on; of a checkpoint that it went back to, what has happened since."""
+    state = TrainState() if found is None else TrainState.from_json(found.text("state.json"))
+    if rollbacks is not None:
+        state.rollbacks = list(rollbacks)
+    return state
 
 
 def _open_asked(recipe: Recipe, config: PreTrainedConfig, tokenizer: Tokenizer) -> Asked:

@@ -122,6 +122,7 @@ class _Execution:
                 track=self.trackers.log,
                 elapsed_seconds=lambda: self.earlier_seconds + time.monotonic() - self.began,
             )
+            session.saver.progress = self.phases.saved_file
             with frozen_objects():
                 loop.run()
         except Preempted:  # by all ranks; after any other error, ranks that waited for each other would hang

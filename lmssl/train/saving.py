@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lmssl import __version__, checkpoint
-from lmssl.errors import CheckpointError
+from lmssl.errors import CheckpointError, TrainingError
 from lmssl.recipe.load import resolved_yaml
 from lmssl.recipe.sections import Recipe
 from lmssl.tokenizer.load import Tokenizer
@@ -71,6 +71,7 @@ def open_saver(
 
     Raises:
         CheckpointError: the disk does not hold one checkpoint, or ranks go on from different ones.
+        TrainingError: ranks compute in different precisions.
     """
     accelerator, section = backend.accelerator, recipe.checkpoint
     keep = checkpoint.Keep(section.keep_last, section.keep_every_steps, section.keep_best)
@@ -79,6 +80,7 @@ def open_saver(
     if meeting is not None:
         require_one_step(meeting, step, run)
         require_one_source(meeting, begun_with)
+        require_one_precision(meeting, recipe.train.precision)
     saver = checkpoint.Saver(
         run,
         keep=keep,
@@ -128,11 +130,36 @@ def require_one_source(meeting: checkpoint.Meeting, begun_with: str | None) -> N
     Raises:
         CheckpointError: names two of them.
     """
-    sources = meeting.exchange(begun_with or "")
-    for rank, source in enumerate(sources):
-        if source != sources[0]:
-            raise CheckpointError(
-                f"ranks begin with different models (rank 0: {sources[0]}, rank {rank}: {source})",
-                where="model.from",
-                remedy="name one of them: model.from=RUN/checkpoints/step-N",
-            )
+    different = _different(meeting, begun_with or "")
+    if different is not None:
+        raise CheckpointError(
+            f"ranks begin with different models ({different})",
+            where="model.from",
+            remedy="name one of them: model.from=RUN/checkpoints/step-N",
+        )
+
+
+def require_one_precision(meeting: checkpoint.Meeting, precision: str) -> None:
+    """Refuse to train where ranks round products differently, as `auto` would on nodes of two kinds.
+
+    A launcher with a store lets rank 0 choose for all; Slurm's `srun` has none.
+
+    Raises:
+        TrainingError: names two of them.
+    """
+    different = _different(meeting, precision)
+    if different is not None:
+        raise TrainingError(
+            f"ranks compute in different precisions ({different})",
+            where="train.precision",
+            remedy="name one that all of these machines have: train.precision=fp32, or bf16",
+        )
+
+
+def _different(meeting: checkpoint.Meeting, said: str) -> str | None:
+    """Two ranks that say different things, in words."""
+    answers = meeting.exchange(said)
+    for rank, answer in enumerate(answers):
+        if answer != answers[0]:
+            return f"rank 0: {answers[0]}, rank {rank}: {answer}"
+    return None

@@ -30,6 +30,8 @@ from lmssl.output import complain
 from lmssl.train.phases import ENDED, Phases
 
 BEAT_SECONDS = 1.0
+STALE_SECONDS = 30.0
+"""After which a heartbeat that is not renewed says nothing any more."""
 GRACE_SECONDS = 10.0
 """For the main thread to leave by itself, once this rank or another has failed."""
 
@@ -46,7 +48,7 @@ class Beat:
     count: int
     """Phases entered, the same on all ranks that are equally far."""
     seconds: float
-    """Since the phase began."""
+    """Since something moved."""
 
 
 class Watch:
@@ -123,17 +125,27 @@ class Watch:
                 self._end(failure)
 
     def _hang(self) -> str | None:
-        """What hangs, found by whoever waited too long: the ranks that are least far."""
+        """What hangs, found by whoever waited too long: the ranks that are least far, unless one of them moves."""
         seconds = self._phases.seconds
         if self._hang_seconds is None or seconds < self._hang_seconds:
             return None
         beats = list(self._beats())
         least = min((beat.count for beat in beats), default=0)
         behind = [beat for beat in beats if beat.count <= least] or [self._own_beat(str(self._phases))]
+        if any(beat.seconds < self._hang_seconds and self._is_fresh(beat.rank) for beat in behind):
+            return None
         ranks = "; ".join(f"rank {beat.rank} hangs in {beat.phase}" for beat in behind[:8])
         found = f"{ranks}; nothing has moved for {seconds:.0f} s"
         self._publish(found)
         return self._published() or found
+
+    def _is_fresh(self, rank: int) -> bool:
+        """Whether a rank still writes heartbeats, by the clock of the file system that both write to."""
+        try:
+            own, other = (self._path(number).stat().st_mtime for number in (self._rank, rank))
+        except OSError:
+            return False
+        return own - other < STALE_SECONDS
 
     def _show_where(self, failure: str) -> None:
         """Print the stacks of this rank where it is the one that hangs, whoever found that first."""

@@ -99,6 +99,17 @@ def test_the_pause_of_a_synchronous_save_is_all_of_it(tmp_path: Path) -> None:
     assert checkpoint.find_step(tmp_path, 1).step == 1
 
 
+def test_a_save_says_that_it_goes_on_at_each_file(tmp_path: Path) -> None:
+    """Three that are written; those and the state are read back."""
+    saver, moved = opened(tmp_path), []
+    saver.progress = lambda: moved.append(1)
+    named = tensors(1.0)["model"]
+    groups = {"model": named, "optim": named, "ema": named}
+    saver.save(1, tensors=groups, texts={"state.json": "{}"})
+    saver.close()
+    assert len(moved) == 3 + 4
+
+
 def test_a_step_that_is_being_saved_or_was_is_not_saved_again(tmp_path: Path, gate: Gate) -> None:
     """As when a signal comes during the save of the step at which training stops."""
     saver = opened(tmp_path)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmssl.checkpoint.protocol import RankWriter
+from lmssl.recipe.load import load_recipe
 from lmssl.train.metrics import MetricsLog
+from lmssl.train.run import train
 from lmssl.train.state import TrainState
+from runs import small_recipe, write_recipe
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -72,6 +77,31 @@ def test_a_full_disk_is_said_once_and_lines_wait(tmp_path: Path, monkeypatch: py
     log.close()
     assert rows_of(log.path) == [row(1), row(2), row(3), row(4)]
     assert len(said) == 1
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_is_made(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a machine that stops could leave a checkpoint that knows of steps whose lines are gone."""
+    done: list[str] = []
+    sync, prepare = MetricsLog.sync, RankWriter.prepare
+    fsync = os.fsync
+
+    def synced(self: MetricsLog) -> None:
+        monkeypatch.setattr(os, "fsync", lambda number: done.append(Path(f"/proc/self/fd/{number}").readlink().name))
+        sync(self)
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    def prepared(self: RankWriter, step: int, *arguments: Any) -> Any:
+        done.append(f"step {step}")
+        return prepare(self, step, *arguments)
+
+    monkeypatch.setattr(MetricsLog, "sync", synced)
+    monkeypatch.setattr(RankWriter, "prepare", prepared)
+    changes = {"checkpoint.every_steps": 1, "checkpoint.asynchronous": False, "data.validation": None}
+    recipe = small_recipe(text_folder, tmp_path / "run", tmp_path / "cache", steps=2, **changes)
+    train(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)))
+    assert done == ["metrics.jsonl", "step 1", "metrics.jsonl", "step 2"]
 
 
 def test_the_state_keeps_every_digit() -> None:

@@ -111,6 +111,20 @@ def test_utilisation_is_model_flops_over_the_peak_of_all_devices(
     assert row["mfu"] == pytest.approx(per_token * 3 * 1024 / 2.0 / 2e9)
 
 
+def test_a_save_that_writes_files_moves_and_other_phases_do_not() -> None:
+    now = [0.0]
+    phases = Phases(clock=lambda: now[0])
+    for name, seconds in ((COMPUTE, 9.0), (SAVE, 2.0)):
+        phases.enter(name)
+        count = phases.count
+        now[0] += 7.0
+        phases.saved_file()
+        now[0] += 2.0
+        assert (phases.seconds, phases.count) == (seconds, count)
+    phases.enter(LOOP)
+    assert phases.read()[SAVE] == 9.0  # files take nothing from the phase's own time
+
+
 def test_a_device_that_is_not_known_has_no_peak() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12

@@ -10,11 +10,11 @@ import pytest
 
 from lmssl import __version__, checkpoint
 from lmssl.checkpoint import space
-from lmssl.errors import CheckpointError
+from lmssl.errors import CheckpointError, TrainingError
 from lmssl.recipe.load import load_recipe
 from lmssl.tokenizer.load import load_tokenizer
 from lmssl.train.run import train
-from lmssl.train.saving import require_one_source, require_one_step
+from lmssl.train.saving import require_one_precision, require_one_source, require_one_step
 from runs import metrics, small_recipe, write_recipe
 
 
@@ -79,6 +79,9 @@ def test_ranks_that_found_different_checkpoints_do_not_train(tmp_path: Path) -> 
     require_one_step(Meeting(), 4, tmp_path)
     with pytest.raises(CheckpointError, match=r"different steps \(rank 0: 4, rank 1: 0\)"):
         require_one_step(Meeting(), 0, tmp_path)
+    with pytest.raises(TrainingError, match=r"different precisions \(rank 0: 4, rank 1: bf16\)"):
+        require_one_precision(Meeting(), "bf16")
+    require_one_precision(Meeting(), "4")
     require_one_source(Meeting(), "4")
     with pytest.raises(CheckpointError, match=r"different models \(rank 0: 4, rank 1: runs/a/checkpoints/step-5\)"):
         require_one_source(Meeting(), "runs/a/checkpoints/step-5")

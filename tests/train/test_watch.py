@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from faulty_runs import wait
-from lmssl.train.phases import COMPUTE, DATA, Phases
+from lmssl.train.phases import COMPUTE, DATA, SAVE, Phases
 from lmssl.train.watch import Watch, clear
 
 
@@ -61,6 +61,27 @@ def test_the_rank_that_is_least_far_hangs(tmp_path: Path, capfd: pytest.CaptureF
     assert "most recent call first" not in capfd.readouterr().err
     ranks[1]._show_where(expected)
     assert "most recent call first" in capfd.readouterr().err
+
+
+def test_a_rank_that_moves_is_waited_for_while_its_heart_beats(tmp_path: Path) -> None:
+    """One that writes files in a save, while the others wait for it; a heartbeat that is old says nothing."""
+    clear(tmp_path, 2)
+    clock = Clock()
+    ranks = [watch_of(tmp_path, rank, entered=5, clock=clock) for rank in range(2)]
+    for rank in ranks:
+        rank._phases.enter(SAVE)
+    clock.now = 8.0
+    ranks[1]._phases.saved_file()
+    clock.now = 11.0
+    for rank in ranks:
+        rank._beat(str(rank._phases))
+    assert ranks[0]._hang() is None
+    path = tmp_path / "rank-00001.json"
+    long_ago = path.stat().st_mtime - 60
+    os.utime(path, (long_ago, long_ago))
+    assert ranks[0]._hang() == (
+        "rank 0 hangs in save in step 1; rank 1 hangs in save in step 1; nothing has moved for 11 s"
+    )
 
 
 def test_a_neighbour_that_died_is_named_and_one_that_ended_is_not(tmp_path: Path) -> None:
