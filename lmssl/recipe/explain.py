@@ -247,7 +247,9 @@ def _type_remedy(name: str, value: Any, annotation: Any) -> str:
 def _range_remedy(field: FieldInfo | None, bound: str) -> str:
     meaning = f" ({decapitalised(field.description)})" if field is not None and field.description else ""
     nullable = field is not None and type(None) in keys.options(field.annotation)
-    return f"write {'null or ' if nullable else ''}{bound}{meaning}"
+    default = field.default if field is not None and isinstance(field.default, int | float) else None
+    left_out = "" if default is None else f", or leave it out: {number(default)}"
+    return f"write {'null or ' if nullable else ''}{bound}{meaning}{left_out}"
 
 
 def _choice(name: str, value: Any, choices: list[str]) -> str:

@@ -120,3 +120,27 @@ def test_loader_processes_and_later_starts_mask_the_same(
     assert read(stream, kept, 1, 4, workers=1)[0] == rows
     later = read(stream, kept, 2, 5, start=1)[0]
     assert later == {position: row for position, row in rows.items() if position >= BATCH}
+
+
+def test_full_windows_leave_hardly_any_padding(open_stream: Any, jsonl: Any, tokenizer: Tokenizer) -> None:
+    """Rows have a constant number of tokens and batches need no unpadding, with [CLS] and [SEP] around short texts."""
+    special = {"bos": False, "eos": False, "cls": True, "sep": True}
+    sizes = {"sequence_length": 512, "chunk_bytes": 2**19, "window_chunks": 2, "validation": None}
+    stream: SequenceStream = open_stream(jsonl(count=16_000), **sizes, **special)
+    *full, _ = (window.num_sequences for _, window in stream.first_epoch("tales"))
+    objective, num_rows = MaskedObjective(masking(tokenizer, "token"), surface_bytes(tokenizer)), sum(full)
+    assert num_rows > 600
+    (step,) = training_batches(
+        stream,
+        plan=BatchPlan.even(num_rows),
+        micro_batch_sequences=16,
+        world_size=1,
+        rank=0,
+        start_step=0,
+        num_steps=1,
+        prepare=objective.prepare,
+        workers=0,
+    )
+    assert {tuple(micro.inputs["ids_BT"].shape) for micro in step} == {(16, 512)}
+    assert 0 < sum(micro.num_padding_tokens for micro in step) < 0.004 * num_rows * 512
+    assert sum(int(micro.inputs["segments_BT"].amax(1).sum()) for micro in step) > 8 * num_rows  # documents

@@ -213,6 +213,16 @@ def test_a_body_without_head_and_a_head_of_another_class_are_refused(root: Path,
         continued(root, recipe_of(tmp_path, "bert"))
 
 
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2"])
+def test_a_folder_whose_attention_cannot_pack_is_refused(root: Path, tmp_path: Path, kind: str) -> None:
+    stock(root, tmp_path, "bert")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    with pytest.raises(ModelError, match=f"{kind} cannot pack documents under its attention") as caught:
+        continued(root, recipe_of(tmp_path, "bert"))
+    assert "model.from" in str(caught.value.where) and "modernbert" in str(caught.value.remedy)
+
+
 def test_the_sentence_head_comes_along_where_it_is_trained(root: Path, tmp_path: Path) -> None:
     model = stock(root, tmp_path, "bert")
     pair = BertForPreTraining(model.config)
