@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
+from faulty_runs import faulty_run, free_port
 from lmssl import checkpoint
 from lmssl.recipe.load import load_recipe
 from lmssl.train import trackers
@@ -141,3 +142,36 @@ def test_a_tracker_that_accelerate_drops_is_said() -> None:
     with Trackers(Accelerator(cpu=True), ["wandb"], "name", {}, said.append):
         pass
     assert said == ["a tracker (wandb) failed, training goes on: accelerate does not find its package whole"]
+
+
+BROKEN = {
+    "import": ('raise ImportError("cannot import name wandb_core")\n', "it cannot begin: ImportError"),
+    "network": (
+        "import socket\ndef init(**_):\n    socket.create_connection(('127.0.0.1', {port}), timeout=5)\n",
+        "it cannot begin: ConnectionRefusedError",
+    ),
+}
+"""What wandb is here, and what is said of it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_tracker_that_fails_in_a_process_of_its_own(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A package that pip has installed, and accelerate's own code around it."""
+    source, said = BROKEN[how]
+    for name in ("wandb", "wandb-0.20.dist-info"):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+    (tmp_path / "packages/wandb/__init__.py").write_text(source.replace("{port}", str(free_port())), encoding="utf-8")
+    about = "Metadata-Version: 2.1\nName: wandb\nVersion: 0.20\n"
+    (tmp_path / "packages/wandb-0.20.dist-info/METADATA").write_text(about, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    changes = {**{f"model.{key}": value for key, value in SIZES.items()}, "track.with": ["wandb"]}
+    recipe = small_recipe(text_folder, tmp_path / "run", tmp_path / "cache", steps=3, **changes)
+    with faulty_run(tmp_path, write_recipe(tmp_path / "recipe.yaml", recipe)) as process:
+        assert process.end() == 0, process.output
+        (line,) = warnings_in(process.output)
+        assert f"a tracker (wandb) failed, training goes on: {said}" in line
+    assert checkpoint.find_step(tmp_path / "run", None).step == 3
+    assert [row["step"] for row in metrics(tmp_path / "run") if row["kind"] == "train"] == [1, 2, 3]
