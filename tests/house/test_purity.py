@@ -1,4 +1,4 @@
-"""Below `train` nothing reads the environment, the clock, the rank or a global random state."""
+"""Below `train` nothing reads the environment, the clock, the rank or a global random state; nowhere a pickle."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ TORCH_DRAWS = {
     "manual_seed", "seed", "initial_seed", "get_rng_state", "set_rng_state", "rand", "randn", "randint", "randperm",
     "bernoulli", "multinomial", "normal", "rand_like", "randn_like", "randint_like",
 }  # fmt: skip
+PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+TORCH_PICKLES = {"torch.load", "torch.save", "torch.serialization.load", "torch.serialization.save"}
 # Kinds of things that are arguments.
 DISTRIBUTED_TYPES = {
     *("distributed.ProcessGroup", "distributed.tensor.DTensor"),
@@ -63,6 +65,19 @@ def _is_banned(full: str) -> bool:
         case "accelerate":
             return name in {"PartialState", "state.PartialState", "state.AcceleratorState"}
     return False
+
+
+def pickles(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of what writes or reads pickles, which run code of whoever wrote them."""
+    names = dict(_imported(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from ((node.lineno, name) for name in modules if name.partition(".")[0] in PICKLERS)
+        if isinstance(node, ast.Attribute | ast.Name) and (full := _full_name(node, names)) in TORCH_PICKLES:
+            yield node.lineno, str(full)
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            yield node.value.lineno, "allow_pickle"
 
 
 def _imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -126,3 +141,20 @@ f = random.Random(1), np.random.Generator(np.random.Philox(key=1)), os.path.join
         "torch.manual_seed",
         "torch.rand",
     ]
+
+
+def test_nothing_is_pickled(sources: list[Any]) -> None:
+    assert [f"{source.path}:{line}: {name}" for source in sources for line, name in pickles(source.tree)] == []
+
+
+def test_the_rule_sees_pickles() -> None:
+    bad = """
+import pickle, numpy as np, torch as t
+from torch import save
+from joblib.externals import cloudpickle
+a = t.load("x"), np.load("x", allow_pickle=True), np.load("x", allow_pickle=False)
+save(1, "x")
+t.save_everything, model.load("x")
+"""
+    found = sorted(name for _, name in pickles(ast.parse(bad)))
+    assert found == ["allow_pickle", "joblib.externals", "pickle", "torch.load", "torch.save"]
