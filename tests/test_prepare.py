@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from rich.console import Console
 
 from lmssl import prepare as prepare_module
 from lmssl.cli import main
@@ -22,6 +26,12 @@ from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
 from lmssl.tokenizer.load import load_tokenizer
 from tests.runs import small_recipe, write_recipe
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+LAUNCHERS["accelerate"] += ["--main_process_port", "29617"]
 
 
 @pytest.fixture
@@ -96,6 +106,38 @@ def test_ranks_share_the_work(path: Path) -> None:
     assert f"{len(chunks(recipe))} chunks" in said[0]
     assert not list(Path(recipe.data.cache).rglob(".tmp-*"))
     assert run(recipe).num_built == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launched_ranks_share_the_work(path: Path, launcher: str) -> None:
+    recipe = load_recipe(path).recipe
+    command = [sys.executable, *LAUNCHERS[launcher], "-m", "lmssl", "prepare", str(path), "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith(f"{len(chunks(recipe))} chunks, ")]
+    assert done.stdout.count(" chunks built by this process group") == 1, "rank 0 alone speaks"
+    assert not list(Path(recipe.data.cache).rglob(".tmp-*"))
+    after = run(recipe)
+    assert (after.num_built, after.num_chunks) == (0, len(chunks(recipe)))
+
+
+def test_progress_is_a_line_every_ten_seconds(path: Path) -> None:
+    """By a clock that each look moves on by a second: there is one look a chunk."""
+    recipe, ticks, console = load_recipe(path).recipe, itertools.count(), Console(record=True, file=io.StringIO())
+    found = prepare(
+        recipe, rank=0, world_size=1, workers=1, clock=lambda: float(next(ticks)), report=print, console=console
+    )
+    lines = console.export_text().splitlines()
+    assert len(lines) == found.num_chunks // 10 > 2
+    shown = [re.fullmatch(r"tokenizing +(\d+)%  (\d+\.\d\d) M tokens/s  eta (\d+) s", line) for line in lines]
+    shares, rates, left = zip(*((float(value) for value in match.groups()) for match in shown if match), strict=True)
+    assert len(shares) == len(lines) and list(shares) == sorted(shares)
+    for number, (share, seconds) in enumerate(zip(shares, left, strict=True), 1):
+        assert seconds == pytest.approx(10 * number * (100 - share) / share, abs=3)
+    # Chunks are about equal, and so are the tokens of ten of them: what a second brings is what all bring in a second.
+    assert rates == pytest.approx([found.built_tokens / found.num_chunks / 1e6] * len(rates), abs=0.006)
 
 
 def test_a_rank_begins_at_its_own_share(path: Path) -> None:
