@@ -16,6 +16,7 @@ import torch
 
 from lmssl.data.batch import SequenceBatch, num_micro_batches, training_batches, validation_batches
 from lmssl.data.cache import Cancelled
+from lmssl.data.ledger import Ledger
 from lmssl.data.order import kept_position, permutation
 from lmssl.data.stream import SequenceStream
 from lmssl.data.units import list_units
@@ -183,6 +184,42 @@ def test_prepare_runs_in_a_loader_process_that_never_imports_transformers(stream
     process, modules = second
     assert process != os.getpid()
     assert "torch" in modules and not modules & {"transformers", "accelerate", "datasets"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_three_workers_over_a_ledger_from_the_disk(
+    stream: SequenceStream, open_stream: Any, jsonl: Any, tmp_path: Path
+) -> None:
+    first = list(batches(stream))
+    stream.ledger_at(STEPS * BATCH).save(tmp_path / "ledger.jsonl")
+    later = {"start_step": STEPS, "num_steps": 2 * STEPS}
+    expected = rows(first) | rows(list(batches(stream, **later)))
+    corpora = jsonl("a", weight=0.7), jsonl("b", seed=1, weight=0.3)
+    again = open_stream(*corpora, ledger=Ledger.load(tmp_path / "ledger.jsonl"))
+    assert rows(list(batches(again, num_steps=3 * STEPS, workers=3))) == expected
+
+
+SHARES = {2: (0.7, 0.3), 3: (0.5, 0.3, 0.2), 6: (0.35, 0.25, 0.15, 0.13, 0.08, 0.04)}
+
+
+@pytest.mark.parametrize(("count", "bound"), [(2, 0.5), (3, 1.0), (6, 1.2)])
+def test_shares_in_tokens_at_every_blocks_end(open_stream: Open, jsonl: Any, count: int, bound: float) -> None:
+    """Padding, which stands where windows end alone, belongs to one corpus or another and widens the bound."""
+    shares = SHARES[count]
+    corpora = [jsonl(f"c{i}", 120, seed=i, weight=share) for i, share in enumerate(shares)]
+    stream = open_stream(*corpora, packing="concat", validation=None, window_chunks=64)
+    tokens, padding = np.zeros(count), 0
+    block = stream.section.block_sequences
+    steps = batches(stream, plan=BatchPlan.even(block), micro_batch_sequences=block, num_steps=12)
+    for number, (batch,) in enumerate(steps, 1):
+        for row, position in enumerate(batch.positions_B.tolist()):
+            used = int((batch.segments_BT[row] > 0).sum())
+            tokens[int(stream.order.locate(position)[0][1:])] += used
+            padding += 64 - used
+        off = np.abs(tokens - np.array(shares) * number * block * 64)
+        assert off.max() <= bound * 64 + padding, (number, off / 64)
+    assert 0 < padding < 0.02 * tokens.sum()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

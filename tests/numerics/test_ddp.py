@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from launched_runs import HANG_SECONDS, run_segments
 from lmssl import checkpoint
 from lmssl.recipe.load import load_recipe
 from lmssl.train.run import train
-from runs import metrics, small_recipe, tensors_of, write_recipe
+from runs import metrics, small_recipe, tensors_of, write_lines, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +87,30 @@ def recipe_of(tmp_path: Path, text_folder: Path, name: str, **changes: Any) -> P
     return write_recipe(tmp_path / f"{name}.yaml", recipe)
 
 
+def with_odd_records(folder: Path, text_folder: Path) -> dict[str, Any]:
+    """The texts, and beside them lines that are no JSON and lines with evaluation text."""
+    quote = "seven brave sailors on a small boat crossed the wide sea and found an island of glass"
+    lines = [
+        "broken" if i % 12 == 5 else json.dumps({"text": f"{i} came {quote if i % 9 == 4 else 'from afar'} and stayed"})
+        for i in range(300)
+    ]
+    (folder / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_lines(folder / "evaluation.jsonl", [{"text": quote}])
+    mixture = small_recipe(text_folder, folder, folder)["data"]["mixture"]
+    odd = {"name": "odd", "kind": "jsonl", "path": str(folder / "odd.jsonl"), "weight": 0.2}
+    return {
+        "data.mixture": [{**mixture[0], "weight": 0.8}, odd],
+        "data.filters": {"decontaminate": {"path": str(folder / "evaluation.jsonl")}},
+        "data.chunk_bytes": 4096,
+        "data.window_chunks": 1,
+    }
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_equal_one(tmp_path: Path, text_folder: Path, launcher: str) -> None:
-    train(load_recipe(recipe_of(tmp_path, text_folder, "one")))
-    both = [*LAUNCHERS[launcher], "-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "two"))]
+    odd = with_odd_records(tmp_path, text_folder)
+    train(load_recipe(recipe_of(tmp_path, text_folder, "one", **odd)))
+    both = [*LAUNCHERS[launcher], "-m", "lmssl", "train", str(recipe_of(tmp_path, text_folder, "two", **odd))]
     two = launch(both, ACCELERATE_USE_CPU="true")
     assert two.returncode == 0, two.stderr
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -99,6 +120,10 @@ def test_two_processes_equal_one(tmp_path: Path, text_folder: Path, launcher: st
     theirs = tensors_of(checkpoint.find_step(tmp_path / "two", None), "model.safetensors")
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3)
+    for name in ("bad_records.jsonl", "dropped_overlaps.jsonl"):  # whichever rank read the windows that they are of
+        lines = (tmp_path / "one" / name).read_text(encoding="utf-8").splitlines()
+        assert len(lines) > 3
+        assert (tmp_path / "two" / name).read_text(encoding="utf-8").splitlines() == lines
 
 
 @pytest.fixture(scope="module")
