@@ -74,9 +74,7 @@ def export_run(
     tokenizer = load_tokenizer(run / "tokenizer")
     partial = out.parent / f".tmp-{out.name}"
     parts = _parts(load_chosen(run, found, weights), recipe.objective.kind)
-    split = check_gguf(parts[0].model, tokenizer) if gguf else ""
-    if onnx:
-        check_onnx(parts[0].model)
+    split = _check_formats(parts[0].model, tokenizer, gguf=gguf, onnx=onnx)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -99,6 +97,13 @@ def export_run(
         shutil.rmtree(partial, ignore_errors=True)
     _report(report, out, found.step, parts, difference)
     return Exported(out, found.step, difference, parts[0].model.num_parameters())
+
+
+def _check_formats(model: PreTrainedModel, tokenizer: Tokenizer, *, gguf: bool, onnx: bool) -> str:
+    """Refuse what cannot be written; returns what llama.cpp calls the way the tokenizer splits text."""
+    if onnx:
+        check_onnx(model)
+    return check_gguf(model, tokenizer) if gguf else ""
 
 
 def _report(report: Callable[[str], None], out: Path, step: int, parts: list[_Part], difference: float) -> None:
