@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from lmssl import errors
 from lmssl.cli import app
 from lmssl.errors import LmsslError
 from lmssl.recipe.load import load_recipe
@@ -134,6 +135,20 @@ def test_links_lead_somewhere(root: Path) -> None:
 def test_pages_named_in_source_exist(root: Path, sources: list[Any]) -> None:
     named = {page for source in sources for page in re.findall(r"docs/[\w-]+\.md", source.text)}
     assert [page for page in sorted(named) if not (root / page).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "own"),
+    [("export", {6, 7, 9}), ("evaluate", {2, 10}), ("finetune", {2, 3, 5, 7})],
+    ids=lambda value: str(value),
+)
+def test_exit_codes_are_those_of_errors(page: str, own: set[int], root: Path) -> None:
+    known = {found.exit_code for found in vars(errors).values() if isinstance(found, type)}
+    text = (root / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| exit code \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, flags=re.M)
+    codes = [int(line.split("|")[1]) for line in table.splitlines()]
+    assert codes == sorted(set(codes))
+    assert own <= set(codes) <= known
 
 
 def test_commands_are_found_and_bad_ones_refused() -> None:

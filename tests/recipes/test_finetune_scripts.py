@@ -1,4 +1,4 @@
-"""The scripts of recipes/finetune, each on a tiny model as an export writes it, in a process of its own."""
+"""The scripts of recipes/finetune, each on the export of a tiny run, in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+from lmssl.export import export_run
+from lmssl.recipe.load import load_recipe
+from lmssl.train.run import train
+from runs import small_recipe, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,23 +26,26 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "max_position_embeddings": 64,
 }
 
 
-def export(root: Path, folder: Path, family: str) -> Path:
-    torch.manual_seed(0)
-    if family == "bert":
-        BertForMaskedLM(BertConfig(vocab_size=8192, **SIZES)).save_pretrained(folder)
-        tokenizer = root / "tokenizer/wordpiece-8k"
-    else:
-        config = LlamaConfig(vocab_size=4096, bos_token_id=0, eos_token_id=0, pad_token_id=1, **SIZES)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tokenizer = root / "tokenizer/bpe-4k"
-    (folder / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
-    settings = json.loads((tokenizer / "tokenizer_config.json").read_text()) | {"model_max_length": 64}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+def exported(folder: Path, text: Path, **changes: Any) -> Path:
+    """What `lmssl export` writes of a run of two steps."""
+    recipe = small_recipe(text, folder / "run", folder / "cache", steps=2, **changes)
+    recipe["model"] |= SIZES
+    run = train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)))
+    return export_run(run, None, folder / "export", lambda _: None).path
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    changes = {"tokenizer.path": "tokenizer/wordpiece-8k", "objective": {"kind": "masked"}, "model": {"kind": "bert"}}
+    return exported(tmp_path_factory.mktemp("bert"), text_folder, **changes)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    return exported(tmp_path_factory.mktemp("llama"), text_folder)
 
 
 def run(root: Path, folder: Path, script: str, *arguments: str) -> dict[str, Any]:
@@ -73,48 +79,45 @@ def labelled(seed: int, count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_classify_with_trainer(family: str, root: Path, tmp_path: Path) -> None:
-    model = export(root, tmp_path / family, family)
+def test_classify_with_trainer(family: str, request: pytest.FixtureRequest, root: Path, tmp_path: Path) -> None:
+    model = request.getfixturevalue(family)
     data = lines(tmp_path / "a.jsonl", labelled(1, 96)), lines(tmp_path / "b.jsonl", labelled(2, 40))
     found = run(root, tmp_path, "classify_with_trainer.py", str(model), *data, "--lr", "1e-2", "--epochs", "4")
     assert found["accuracy"] > 0.9
     assert json.loads((tmp_path / "classifier/config.json").read_text())["id2label"] == {"0": "code", "1": "colour"}
 
 
-def test_adapt_with_peft(root: Path, tmp_path: Path) -> None:
+def test_adapt_with_peft(llama: Path, root: Path, tmp_path: Path) -> None:
     needs("peft")
-    model = export(root, tmp_path / "llama", "llama")
-    before = (model / "model.safetensors").read_bytes()
+    before = (llama / "model.safetensors").read_bytes()
     data = lines(tmp_path / "a.jsonl", labelled(1, 96)), lines(tmp_path / "b.jsonl", labelled(2, 40))
-    found = run(root, tmp_path, "adapt_with_peft.py", str(model), *data, "--lr", "1e-2", "--epochs", "8")
+    found = run(root, tmp_path, "adapt_with_peft.py", str(llama), *data, "--lr", "1e-2", "--epochs", "8")
     assert found["accuracy"] > 0.9
-    assert (model / "model.safetensors").read_bytes() == before
+    assert (llama / "model.safetensors").read_bytes() == before
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
-def test_instruct_with_trl(root: Path, tmp_path: Path) -> None:
+def test_instruct_with_trl(llama: Path, root: Path, tmp_path: Path) -> None:
     needs("trl")
-    model = export(root, tmp_path / "llama", "llama")
     chats = [
         {"messages": [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": word}]}
         for word in ("red", "blue") * 40
     ]
     arguments = (lines(tmp_path / "chats.jsonl", chats), "--lr", "1e-2", "--epochs", "12")
-    found = run(root, tmp_path, "instruct_with_trl.py", str(model), *arguments)
+    found = run(root, tmp_path, "instruct_with_trl.py", str(llama), *arguments)
     assert found["losses"][-1] < 0.7 < found["losses"][0]
     assert found["answer"] == "red"
 
 
-def test_embed_with_sentence_transformers(root: Path, tmp_path: Path) -> None:
+def test_embed_with_sentence_transformers(bert: Path, root: Path, tmp_path: Path) -> None:
     needs("sentence_transformers")
-    model = export(root, tmp_path / "bert", "bert")
     draw = random.Random(5)
     words = [f"{a} {b}" for a in ("red", "blue", "green", "old", "new", "small") for b in ("house", "tree", "river")]
     pairs = [
         {"anchor": words[n % 18], "positive": f"see {words[n % 18]} there {draw.choice(words)}"} for n in range(360)
     ]
     arguments = (lines(tmp_path / "pairs.jsonl", pairs), "--lr", "1e-2", "--epochs", "3")
-    found = run(root, tmp_path, "embed_with_sentence_transformers.py", str(model), *arguments)
+    found = run(root, tmp_path, "embed_with_sentence_transformers.py", str(bert), *arguments)
     assert 0 <= found["before"] <= found["after"] <= 1
     assert found["after"] > 0.2
     assert (tmp_path / "embedder/modules.json").exists()
