@@ -25,12 +25,13 @@ from lmssl.train.run import train
 from runs import small_recipe, write_recipe
 
 LLAMA = {"kind": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 SECTIONS: dict[str, dict[str, Any]] = {
     "prefix": {"tokenizer": {"path": "tokenizer/bpe-4k"}, "model": LLAMA},
     "hybrid": {"tokenizer": {"path": "tokenizer/wordpiece-8k"}, "model": LLAMA},
-    "span": {
-        "tokenizer": {"path": "tokenizer/t5-8k"},
-        "model": {"kind": "t5", "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2},
+    **{
+        f"span, {kind}": {"tokenizer": {"path": "tokenizer/t5-8k"}, "model": {"kind": kind, **T5}}
+        for kind in ("t5", "umt5", "mt5")
     },
 }
 CLASSES = {"prefix": "AutoModelForCausalLM", "hybrid": "AutoModelForCausalLM", "span": "AutoModelForSeq2SeqLM"}
@@ -38,12 +39,14 @@ CLASSES = {"prefix": "AutoModelForCausalLM", "hybrid": "AutoModelForCausalLM", "
 
 @pytest.fixture(scope="module", params=SECTIONS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    changes = {"objective": {"kind": request.param}, "train.ema_decay": 0.5, **SECTIONS[request.param]}
+    kind = request.param.partition(",")[0]
+    folder = tmp_path_factory.mktemp(kind)
+    changes = {"objective": {"kind": kind}, "train.ema_decay": 0.5, **SECTIONS[request.param]}
     recipe = small_recipe(text_folder, folder / "run", folder / "cache", steps=3, **changes)
     run = train(load_recipe(write_recipe(folder / "recipe.yaml", recipe)))
-    export_run(run, None, folder / "out", lambda _: None)
-    return folder / "out"
+    done = export_run(run, None, folder / "out", lambda _: None)
+    assert done.max_logits_difference < 1e-5 and done.step == 3
+    return done.path
 
 
 def test_nothing_tells_where_it_was_made(exported: Path) -> None:
