@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -130,8 +131,8 @@ class FaultyRun:
 
 
 @contextmanager
-def bad_text(positions: Collection[int]) -> Iterator[None]:
-    """The loss of a micro-batch that holds one of these positions is no number, in this process."""
+def bad_text(positions: Collection[int], factor: float = math.nan) -> Iterator[None]:
+    """The loss of a micro-batch that holds one of these positions is no number, or so often itself, in this process."""
     import torch
 
     from lmssl.objective.causal import CausalObjective
@@ -141,7 +142,7 @@ def bad_text(positions: Collection[int]) -> Iterator[None]:
     def marked(self: CausalObjective, batch: Any, *, evaluation: bool = False) -> Any:
         micro = prepare(self, batch, evaluation=evaluation)
         bad = not evaluation and not set(positions).isdisjoint(batch.positions_B.tolist())
-        micro.inputs["factor"] = torch.tensor(float("nan") if bad else 1.0)
+        micro.inputs["factor"] = torch.tensor(factor if bad else 1.0)
         return micro
 
     def faulty(self: CausalObjective, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

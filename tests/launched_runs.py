@@ -57,8 +57,8 @@ def recipe_of(folder: Path, text: Path, name: str, **changes: Any) -> Path:
     return write_recipe(folder / f"{name}.yaml", recipe)
 
 
-def finish(command: list[str], **environment: str) -> None:
-    """Run a command of this Python to its end."""
+def finish(command: list[str], **environment: str) -> str:
+    """Run a command of this Python to its end; what it printed."""
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -68,6 +68,7 @@ def finish(command: list[str], **environment: str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **environment},
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
 
 
 def launch(root: Path, file: str, recipe: Path, *more: str, processes: int = 2) -> None:
@@ -79,11 +80,11 @@ def launch(root: Path, file: str, recipe: Path, *more: str, processes: int = 2) 
     finish([*command, *through_shim, "train", str(recipe)], **environment)
 
 
-def run_segments(plan: Path, segments: list[dict[str, Any]], *, processes: int = 2) -> None:
-    """Many runs in the processes of one launch."""
+def run_segments(plan: Path, segments: list[dict[str, Any]], *, processes: int = 2) -> str:
+    """Many runs in the processes of one launch; what they printed."""
     plan.write_text(json.dumps(segments), encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    finish([*torchrun, str(TESTS / "numerics" / "segments.py"), str(plan)])
+    return finish([*torchrun, str(TESTS / "numerics" / "segments.py"), str(plan)])
 
 
 def differences(ours: Path, theirs: Path, step: int) -> dict[str, float]:

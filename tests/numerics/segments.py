@@ -5,12 +5,13 @@ and closed as by itself; what is shared is the start of Python, which takes long
 `"exact": true` nothing is trained: what the backend would save is compared with what it has loaded. With `"hash": PATH`
 nothing is trained either: the hash of all weights as opened is written there. With `"disturb": true` the first step is
 preceded by one that is dropped half way, and by one whose update is not made. `"bad": [p, ..]` are positions with whose
-text a loss is no number.
+text a loss is no number, or with `"factor": F` so often itself.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -114,7 +115,14 @@ def _loss(backend: Backend, inputs: dict[str, torch.Tensor], *, last: bool) -> t
 
 
 def run_segment(
-    backend: str, recipe: Path, *, exact: bool = False, hash: str = "", disturb: bool = False, bad: Sequence[int] = ()
+    backend: str,
+    recipe: Path,
+    *,
+    exact: bool = False,
+    hash: str = "",
+    disturb: bool = False,
+    bad: Sequence[int] = (),
+    factor: float = math.nan,
 ) -> None:
     """Train one run to its end, or compare what it loads, as a fresh launch would."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -130,7 +138,7 @@ def run_segment(
             found = weights_hash(recipe)
             Path(f"{hash}-{os.environ['RANK']}").write_text(found, encoding="utf-8")
         else:
-            with disturbed() if disturb else nullcontext(), bad_text(bad):
+            with disturbed() if disturb else nullcontext(), bad_text(bad, factor):
                 train(load_recipe(recipe))
     finally:
         os.environ.clear()
