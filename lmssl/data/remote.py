@@ -205,7 +205,8 @@ class RemoteFiles:
             retry=tenacity.retry_if_exception(_is_passing),
         )
         with _explained(url, self.give_up_seconds):
-            return retrying(attempt)
+            result: Result = retrying(_unmasked, url, attempt)
+            return result
 
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
@@ -308,6 +309,17 @@ def _version(info: dict[str, Any]) -> str:
     return f"{info.get('size')}.{mark.strip(chr(34))}"
 
 
+def _unmasked(url: str, attempt: Callable[[], Result]) -> Result:
+    """Try; the file system for the web says of whatever fails while it looks at a file that the file is not there."""
+    try:
+        return attempt()
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if url.startswith("http") and isinstance(cause, Exception) and _status(cause) not in (404, 410):
+            raise cause from None
+        raise
+
+
 def _is_passing(error: BaseException) -> bool:
     """Whether trying again may help."""
     if not isinstance(error, Exception) or isinstance(error, _REFUSED) or _is_refusal(error):
@@ -323,8 +335,15 @@ def _is_refusal(error: BaseException) -> bool:
 def _status(error: BaseException) -> int | None:
     """What a server answered, under the names that the file systems' libraries give it."""
     response = getattr(error, "response", None)
-    named = (getattr(error, "status", None), getattr(response, "status_code", None), getattr(error, "code", None))
-    return next((status for status in named if isinstance(status, int)), None)
+    for holder, name in (
+        (error, "status"),
+        (response, "status_code"),
+        (error, "code"),
+    ):  # `code` warns where `status` is
+        status = getattr(holder, name, None)
+        if isinstance(status, int):
+            return status
+    return None
 
 
 @contextmanager
