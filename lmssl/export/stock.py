@@ -46,13 +46,24 @@ def write_stock(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, m
         raise ExportError(
             f"{max_shard_size} is no size of a file", where="--max-shard-size", remedy="write 500MB or 5GB"
         )
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=_weights(model))
     _fix_config(model, folder / "config.json")
     for name in TOKENIZER_FILES:
         if (tokenizer.path / name).exists():
             shutil.copyfile(tokenizer.path / name, folder / name)
     accepted = set(inspect.signature(model.forward).parameters)
     _fix_tokenizer_config(folder, max_length=max_tokens(config), accepted=accepted)
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Any]:
+    """All weights, for mT5 with an output matrix of its own.
+
+    Version 4 scales what a tied one reads, in all of T5's family, and version 5 no longer does for mT5.
+    """
+    weights = model.state_dict()
+    if model.config.model_type == "mt5":
+        weights["lm_head.weight"] = weights["lm_head.weight"].clone()
+    return weights
 
 
 def _fix_config(model: PreTrainedModel, path: Path) -> None:
@@ -67,6 +78,8 @@ def _fix_config(model: PreTrainedModel, path: Path) -> None:
         written["global_attn_every_n_layers"] = next(rest, len(layers))
         written["global_rope_theta"] = rope["full_attention"]["rope_theta"]
         written["local_rope_theta"] = rope["sliding_attention"]["rope_theta"]
+    if model.config.model_type == "mt5":  # version 5 ties it whatever stands here
+        written["tie_word_embeddings"] = False
     written["dtype"] = written["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     written["architectures"] = [type(model).__name__]
     for key in _PLACES:
