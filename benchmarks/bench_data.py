@@ -46,6 +46,8 @@ PEERS = {
 }
 BASELINE = "datasets.map + group_texts"
 PADDING_LENGTHS = (512, 2048, 8192)
+LARGE_WINDOW = 1000
+"""Sequences from which on padding is to be small."""
 _READ_BATCH = 32
 """Sequences that are asked for together."""
 
@@ -113,8 +115,15 @@ def padding(section: Any, length: int, out: Path, args: argparse.Namespace) -> d
     tokenizer = load_tokenizer(Path(args.tokenizer))
     stream = SequenceStream.open(section, tokenizer, seed=1, cache_dir=out / "cache", report=complain)
     stream.num_sequences_per_epoch()
-    sizes = [entry.num_sequences for entry in stream.ledger.entries("text")]
-    return {"sequence_length": length, "padding_ratio": stream.totals().padding_ratio, "num_sequences": sizes}
+    windows = stream.ledger.entries("text")
+    large = [entry for entry in windows if entry.num_sequences >= LARGE_WINDOW]
+    return {
+        "sequence_length": length,
+        "num_sequences": [entry.num_sequences for entry in windows],
+        "padding_ratio": stream.totals().padding_ratio,
+        "padding_ratio_large": sum(entry.num_padding for entry in large)
+        / max(1, length * sum(entry.num_sequences for entry in large)),
+    }
 
 
 def read_rate(stream: Any, count: int, args: argparse.Namespace) -> float:

@@ -47,14 +47,14 @@ def _padding(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     lines = [
-        "\n| sequence length | windows | sequences in the smallest and largest | padding |",
-        "| --- | --- | --- | --- |",
+        "\n| sequence length | windows | sequences in smallest and largest | padding | in those of 1,000 and more |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         sizes = row["num_sequences"]
         lines.append(
             f"| {row['sequence_length']:,} | {len(sizes)} | {min(sizes):,} and {max(sizes):,} "
-            f"| {row['padding_ratio']:.3%} |"
+            f"| {row['padding_ratio']:.3%} | {row['padding_ratio_large']:.3%} |"
         )
     return lines
 

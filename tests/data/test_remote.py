@@ -384,3 +384,14 @@ def test_a_remote_corpus_is_the_local_one(
     assert len(downloads) == 1
     sources = {source for unit in far.units("c") for source in (part.path for part in unit.parts)}
     assert sources == {url}
+
+
+def test_a_remote_file_that_changed_since_the_run_began(put: Any, open_stream: Any, texts: Any) -> None:
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in texts(99)).encode()
+    corpus = JsonlCorpus(name="c", kind="jsonl", path=put("begun/a.jsonl", raw))
+    ledger = open_stream(corpus).ledger  # of which nothing is read yet
+    assert open_stream(corpus, ledger=ledger).sequence(0)
+    put("begun/a.jsonl", raw.replace(b"river", b"rover"))
+    with pytest.raises(DataError, match="the text of corpus 'c' changed since the run began") as caught:
+        open_stream(corpus, ledger=ledger, cache="other")
+    assert caught.value.where == "s3://begun/a.jsonl"
