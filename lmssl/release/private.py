@@ -38,7 +38,7 @@ def findings(folder: Path, words: Sequence[str] = ()) -> Iterator[str]:
     """Sentences on what is private in the files of a folder; secrets themselves are not repeated.
 
     Args:
-        words: found as whole words, they are private as well: a host anywhere; a part of a path (`/home/ann`, `/ann`)
+        words: found as whole words, they are private as well: a host anywhere; a part of a path (`/users/ann`, `/ann`)
             outside of URLs, which belong to everybody.
     """
     hosts = [re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])") for word in words if word and word[0] != "/"]
