@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lmssl.errors import CheckpointError
 from lmssl.evaluate.loss import mean
 from lmssl.train.console import Report
 from lmssl.train.state import Interval, TrainState
@@ -56,7 +57,11 @@ class MetricsLog:
     """Appends lines to metrics.jsonl. A line that cannot be written waits for the next one, and training goes on."""
 
     def __init__(self, path: Path, state: TrainState, report: Report) -> None:
-        """Open the file as a run left it whose state this is: lines of what comes after are cut off."""
+        """Open the file as a run left it whose state this is: lines of what comes after are cut off.
+
+        Raises:
+            CheckpointError: it cannot be written, as on a disk that is full already.
+        """
         self.path = path
         self._report = report
         self._warned = False
@@ -64,9 +69,14 @@ class MetricsLog:
         rows = ((line, json.loads(line)) for line in _whole_lines(path))
         kept = "".join(f"{line}\n" for line, row in rows if _holds(row, state))
         partial = path.with_name(path.name + ".tmp")
-        partial.write_text(kept, encoding="utf-8")
-        os.replace(partial, path)
-        self._file = path.open("ab", buffering=0)
+        try:
+            partial.write_text(kept, encoding="utf-8")
+            os.replace(partial, path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise CheckpointError(
+                f"the metrics cannot be written: {error}", where=str(path), remedy="free disk space, or fix permissions"
+            ) from error
         self._size = len(kept.encode())
 
     def write(self, row: dict[str, Any]) -> None:

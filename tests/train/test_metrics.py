@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lmssl.checkpoint.protocol import RankWriter
+from lmssl.errors import CheckpointError
 from lmssl.recipe.load import load_recipe
 from lmssl.train.metrics import MetricsLog
 from lmssl.train.run import train
@@ -102,6 +103,12 @@ def test_lines_are_on_the_disk_before_a_checkpoint_is_made(
     recipe = small_recipe(text_folder, tmp_path / "run", tmp_path / "cache", steps=2, **changes)
     train(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)))
     assert done == ["metrics.jsonl", "step 1", "metrics.jsonl", "step 2"]
+
+
+def test_a_file_that_cannot_be_begun_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl.tmp").mkdir()
+    with pytest.raises(CheckpointError, match="the metrics cannot be written"):
+        MetricsLog(tmp_path / "metrics.jsonl", TrainState(), print)
 
 
 def test_the_state_keeps_every_digit() -> None:
