@@ -60,16 +60,17 @@ bench-gpu:
 	bash benchmarks/gpu.sh $(BENCH)
 	"$(PYTHON)" benchmarks/report.py || echo "make the report where scipy is installed: python benchmarks/report.py"
 
+# One that fails does not keep the others from the report.
 bench-cpu: install
-	"$(BIN)/python" benchmarks/bench_train.py $(BENCH)
-	"$(BIN)/python" benchmarks/bench_train.py --objective masked --length 128 --rows 32 $(BENCH)
-	"$(BIN)/python" benchmarks/bench_limit.py $(BENCH)
-	"$(BIN)/python" benchmarks/bench_limit.py --objective masked --length 128 --rows 32 $(BENCH)
-	"$(BIN)/python" benchmarks/bench_memory.py $(BENCH)
-	"$(BIN)/python" benchmarks/bench_scaling.py $(BENCH)
-	"$(BIN)/python" benchmarks/bench_time_to_loss.py $(BENCH)
-	"$(BIN)/python" benchmarks/bench_head.py $(BENCH)
-	"$(BIN)/python" benchmarks/bench_quality.py --steps 80 --length 128 --rows 32 --peers 1 $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_train.py $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_train.py --objective masked --length 128 --rows 32 $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_limit.py $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_limit.py --objective masked --length 128 --rows 32 $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_memory.py $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_scaling.py $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_time_to_loss.py $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_head.py $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_quality.py --steps 80 --length 128 --rows 32 --peers 1 $(BENCH)
 	"$(BIN)/python" benchmarks/report.py
 
 torture: install

@@ -146,6 +146,14 @@ def test_choices_follow_their_sources(path: Path) -> None:
     assert heads in (64, 128)
 
 
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_widths_are_what_matrix_units_like(path: Path) -> None:
+    shape = load_recipe(path).recipe.model.model_dump()
+    widths = {name: shape[name] for name in ("hidden_size", "intermediate_size", "d_model", "d_ff") if name in shape}
+    assert len(widths) == 2
+    assert {name: width % 64 for name, width in widths.items()} == dict.fromkeys(widths, 0)
+
+
 def test_the_ladder_climbs() -> None:
     recipes = [load_recipe(ROOT / f"recipes/pretrain/gpt-{size}.yaml").recipe for size in LADDER]
     rates = [recipe.optim.lr for recipe in recipes]
