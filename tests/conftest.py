@@ -13,12 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are too small to sh
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked loader workers would otherwise print a warning each
 
 import ipaddress
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Shells start background jobs so, and processes under test would inherit it: they could not be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 # House rules answer in seconds and explain most failures below them; unit tests follow; whole runs come last. Files are
