@@ -128,6 +128,7 @@ class FaultyRun:
             except psutil.Error:
                 continue
         self.process.wait(30)
+        self._out.close()
 
 
 @contextmanager

@@ -118,19 +118,18 @@ def slow(*args, **kwargs):
     return build(*args, **kwargs)
 opening.build_recipe_model = slow
 """
-    with (
-        faulty_run(one, recipe, "on_sums(lambda n, training: at('micro') if training and n == 3 else None)") as first,
-        faulty_run(two, recipe, late) as second,
-    ):
-        second.reached("building")  # neither found a folder
-        pid = first.reached("micro")
-        second.go("building")
-        assert second.end() == 6, second.output
-        assert f"process {pid} on {socket.gethostname()}" in second.output
-        with faulty_run(three, recipe) as third:
-            assert third.end() == 6, third.output
-            assert f"process {pid} on" in third.output
-        interrupt(pid, signal.SIGKILL)
-        first.end()
+    slow = "on_sums(lambda n, training: at('micro') if training and n == 3 else None)"
+    with faulty_run(two, recipe, late) as second:
+        second.reached("building")  # it found no folder
+        with faulty_run(one, recipe, slow) as first:
+            pid = first.reached("micro")
+            second.go("building")
+            assert second.end() == 6, second.output
+            assert f"process {pid} on {socket.gethostname()}" in second.output
+            with faulty_run(three, recipe) as third:
+                assert third.end() == 6, third.output
+                assert f"process {pid} on" in third.output
+            interrupt(pid, signal.SIGKILL)
+            first.end()
     with faulty_run(three, recipe) as third:
         assert third.end() == 0, third.output
