@@ -334,6 +334,7 @@ def _about(session: Session) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": session.accelerator.num_processes,
         "threads": torch.get_num_threads(),
+        "precision": session.recipe.train.precision,
         "compile": session.compiled,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
         "python": platform.python_version(),

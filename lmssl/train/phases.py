@@ -34,7 +34,7 @@ class Phases:
         """How many phases were entered, the same on all ranks that are equally far."""
         self.since = clock()
         """When this one was, by the clock."""
-        self._saved_at = self.since
+        self._moved_at = self.since
 
     def enter(self, name: str, detail: str | None = None) -> None:
         """End the present phase and begin another, or a further part of it."""
@@ -48,13 +48,17 @@ class Phases:
 
     @property
     def seconds(self) -> float:
-        """Since the present phase began, or a file of the save that it is was done."""
-        return self._clock() - max(self.since, self._saved_at)
+        """Since the present phase began, a file of the save that it is was done, or the process slept."""
+        return self._clock() - max(self.since, self._moved_at)
 
     def saved_file(self) -> None:
         """Say that a save goes on; from any thread, for one in the background may be what training waits for."""
         if self.name == SAVE:
-            self._saved_at = self._clock()
+            self._moved_at = self._clock()
+
+    def slept(self) -> None:
+        """Say that the whole process was stopped for a while, and could not move."""
+        self._moved_at = self._clock()
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:

@@ -113,7 +113,10 @@ class Watch:
         return None
 
     def _run(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(BEAT_SECONDS):
+            before, looked = looked, time.monotonic()
+            self._forgive_sleep(looked - before)
             self._beat(str(self._phases))
             elsewhere = self._trouble_elsewhere()
             failure = self._failure or elsewhere or self._hang()
@@ -123,6 +126,15 @@ class Watch:
                 if self._closed.wait(GRACE_SECONDS):
                     return
                 self._end(failure)
+
+    def _forgive_sleep(self, seconds: float) -> None:
+        """A process that was stopped, as by a scheduler that suspends jobs, is not one that hangs.
+
+        Args:
+            seconds: between two looks of this thread.
+        """
+        if seconds > STALE_SECONDS:
+            self._phases.slept()
 
     def _hang(self) -> str | None:
         """What hangs, found by whoever waited too long: the ranks that are least far, unless one of them moves."""

@@ -63,6 +63,21 @@ def test_the_rank_that_is_least_far_hangs(tmp_path: Path, capfd: pytest.CaptureF
     assert "most recent call first" in capfd.readouterr().err
 
 
+def test_a_process_that_was_stopped_does_not_hang(tmp_path: Path) -> None:
+    clock = Clock()
+    rank = watch_of(tmp_path, 0, entered=5, num_ranks=1, clock=clock)
+    clock.now = 3000.0
+    rank._forgive_sleep(1.0)
+    rank._beat(str(rank._phases))
+    assert rank._phases.seconds == 3000.0
+    rank._forgive_sleep(2999.0)
+    rank._beat(str(rank._phases))
+    assert rank._hang() is None
+    clock.now += 11.0
+    rank._beat(str(rank._phases))
+    assert rank._hang() is not None
+
+
 def test_a_rank_that_moves_is_waited_for_while_its_heart_beats(tmp_path: Path) -> None:
     """One that writes files in a save, while the others wait for it; a heartbeat that is old says nothing."""
     clear(tmp_path, 2)
