@@ -153,16 +153,15 @@ def test_what_each_backend_saved_is_exported(
     assert_exported_as_saved(run_under(backend, runs, launched, text_folder, root), monkeypatch)
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_bfloat16_equals_one_process_as_far_as_it_rounds(
-    backend: str, runs: Path, text_folder: Path, root: Path
-) -> None:
-    folder = runs / "bf16"
-    folder.mkdir(exist_ok=True)
-    if not (folder / "single").exists():
-        train(load_recipe(recipe_of(folder, text_folder, "single", **{"train.precision": "bf16"})))
-    launch(root, FILES[backend], recipe_of(folder, text_folder, backend, **{"train.precision": "bf16"}))
-    assert_same_run(folder / "single", folder / backend, loss=5e-4, weights=5e-3)
+def test_bfloat16_equals_one_process_as_far_as_it_rounds(runs: Path, text_folder: Path) -> None:
+    folder, bf16 = runs / "bf16", {"train.precision": "bf16"}
+    folder.mkdir()
+    train(load_recipe(recipe_of(folder, text_folder, "single", **bf16)))
+    backends = ("ddp", "fsdp2", "zero2", "zero3")
+    plan = [{"backend": name, "recipe": str(recipe_of(folder, text_folder, name, **bf16))} for name in backends]
+    run_segments(folder / "plan.json", plan)
+    for backend in backends:
+        assert_same_run(folder / "single", folder / backend, loss=5e-4, weights=5e-3)
 
 
 def test_four_processes_in_two_replicas_equal_one(runs: Path, text_folder: Path, root: Path) -> None:
