@@ -117,8 +117,11 @@ def main() -> None:
                 print(f"round {repeat + 1}  {way:12} {seconds[way][-1]:.3f} s a step", flush=True)
         volumes = []
         for backend in args.backends:
-            volumes.append(volume(folder, section, args, backend))
-            print(f"{backend:12} {volumes[-1]['total_bytes'] / 1e6:.1f} MB, {volumes[-1]['ratio']:.3f} of the least")
+            try:
+                volumes.append(volume(folder, section, args, backend))
+            except SystemExit as error:  # one backend that fails does not lose the others
+                volumes.append({"backend": backend, "error": str(error)[-500:]})
+            print({key: volumes[-1].get(key) for key in ("backend", "total_bytes", "ratio", "error")}, flush=True)
     write(
         place(args, "scaling"),
         "scaling",

@@ -77,6 +77,8 @@ def main() -> None:
         steps=args.steps,
         warmup=args.warmup,
         rate=args.rate if args.objective == "masked" else None,
+        precision=rows[OURS][0]["precision"],
+        data_wait_ratio=[row["data_wait_ratio"] for row in rows[OURS]],
         entrants=[
             {
                 "name": name,

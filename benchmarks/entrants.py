@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,9 @@ def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, number
     rows = train_rows(folder / f"run-{number}")
     about = json.loads((folder / f"run-{number}/sessions.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     seconds = [row["time"]["seconds"] for row in rows]
-    return {"step_seconds": seconds, "loss": rows[-1]["loss"], "threads": about["threads"]}
+    waits = [row["time"]["data_wait_ratio"] for row in rows[args.warmup :]]
+    told = {"loss": rows[-1]["loss"], "threads": about["threads"], "precision": about["precision"]}
+    return {"step_seconds": seconds, "data_wait_ratio": statistics.median(waits), **told}
 
 
 def train_rows(folder: Path) -> list[dict[str, Any]]:

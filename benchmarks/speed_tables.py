@@ -31,6 +31,9 @@ def train(record: dict[str, Any]) -> str:
         )
     versions = ", ".join(f"{name} {number}" for name, number in record.get("peers", {}).items())
     note = [f"Peers: {versions}."] if versions else []
+    if "data_wait_ratio" in record:
+        share = spread(record["data_wait_ratio"], ".2%")
+        note.insert(0, f"lmssl trains in {record['precision']}, and waits for data in {share} of a step's time.")
     return "\n".join([*lines, "", *note, where(record)])
 
 
@@ -130,6 +133,9 @@ def scaling(record: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in record["volumes"]:
+        if "error" in row:
+            lines.append(f"| {row['backend']} | failed | | | |")
+            continue
         calls = ", ".join(f"{count} {name}" for name, count in row["calls"].items())
         sizes = f"{row['total_bytes'] / 1e6:,.2f} | {row['least_bytes'] / 1e6:,.2f}"
         lines.append(f"| {row['backend']} | {sizes} | {row['ratio']:.3f} | {calls} |")

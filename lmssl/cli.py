@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from lmssl.verbs import export, push, train, verify
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # Typer brings its own copy of click from 0.26 on, so only what typer itself names is the same class everywhere.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -347,6 +349,14 @@ def _guarded(run: Callable[[], int], debug: bool) -> int:
     except BrokenPipeError:
         silence(sys.stdout)  # the reader has left
         return BROKEN_PIPE
+    except OSError as error:
+        if debug or error.errno not in _FULL:
+            raise
+        where = str(error.filename or "the output, or a file that this verb writes")
+        remedy = "free space there, and give the command again; --debug shows what was being written"
+        _complain("error", str(LmsslError(f"nothing more can be written: {error.strerror}", where=where, remedy=remedy)))
+        silence(sys.stdout)  # or Python would try once more at exit
+        return LmsslError.exit_code
 
 
 def _complain(label: str, text: str) -> None:

@@ -252,3 +252,14 @@ def test_tokenizer_trains_and_says_where(
     assert code == 0 and out.startswith("here: ")
     code, _, err = run(capsys, "tokenizer", "build.yaml", "vocab_sise=270")
     assert code == 2 and "did you mean vocab_size?" in err
+
+
+@pytest.mark.parametrize("arguments", [["show", "recipes/demo.yaml"], ["--help"]])
+def test_output_on_a_full_disk_is_one_clear_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "lmssl", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: nothing more can be written: No space left on device")
+    assert "remedy:" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from correctness import BACKENDS, Attend, Way, by_starts, seen
-from setting import Clock, drive, parse, recipe, write
+from setting import Clock, drive, finish, parse, recipe, write
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn import functional as F
@@ -146,6 +146,7 @@ def main() -> None:
                 with cudnn(name == CUDNN):
                     find = partial(attention, args, way, width, mean_tokens)
                     _row(args, f"attention, {name}", find)
+    finish(args)
 
 
 def _row(args: argparse.Namespace, what: str, find: Callable[[], dict[str, Any]]) -> None:

@@ -60,9 +60,9 @@ def test_a_new_shape_is_seen() -> None:
     assert counts[0] < counts[1] == counts[2] < counts[3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "scope"), [("causal", "model"), ("masked", "model"), ("causal", "layers")])
 def test_nothing_is_compiled_after_the_third_step(
-    kind: str, tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, scope: str, tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(
         text_folder,
@@ -70,7 +70,7 @@ def test_nothing_is_compiled_after_the_third_step(
         tmp_path / "cache",
         steps=STEPS,
         **{
-            "train.compile": "model",
+            "train.compile": scope,
             "train.precision": "bf16",
             "train.batch_tokens": 512,
             "train.tokens": 512 * STEPS,
