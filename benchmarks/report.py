@@ -129,8 +129,21 @@ def transfer(records: list[dict[str, Any]]) -> str:
                 f"| {name} | {size:,} | {majority:.3f} | {mean_interval(theirs)} | {mean_interval(ours)} "
                 f"| {mean_interval(gain, '+.3f')} |"
             )
-    lines += ["", *_incomplete(newest, {row["task"] for row in complete})]
+    lines += ["", *_rates(newest), *_incomplete(newest, {row["task"] for row in complete})]
     return "\n".join([*lines, where((complete or records)[-1])])
+
+
+def _rates(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Which of the rates that were tried was the best from each start, so that one at an end can be seen."""
+    tried = [row for row in records if row["purpose"] == "rate"]
+    for task in dict.fromkeys(row["task"] for row in tried):
+        chosen = []
+        for start in STARTS:
+            rows = [row for row in tried if (row["task"], row["start"]) == (task, start)]
+            if rows:
+                rates = " ".join(f"{lr:g}" for lr in sorted({row["lr"] for row in rows}))
+                chosen.append(f"{max(rows, key=lambda row: row['score'])['lr']:g} from {start} (of {rates})")
+        yield f"Best rates, {task.replace('_', ' ')}: {'; '.join(chosen)}.\n"
 
 
 def _incomplete(records: list[dict[str, Any]], complete: set[str]) -> Iterator[str]:

@@ -354,7 +354,8 @@ def _guarded(run: Callable[[], int], debug: bool) -> int:
             raise
         where = str(error.filename or "the output, or a file that this verb writes")
         remedy = "free space there, and give the command again; --debug shows what was being written"
-        _complain("error", str(LmsslError(f"nothing more can be written: {error.strerror}", where=where, remedy=remedy)))
+        told = LmsslError(f"nothing more can be written: {error.strerror}", where=where, remedy=remedy)
+        _complain("error", str(told))
         silence(sys.stdout)  # or Python would try once more at exit
         return LmsslError.exit_code
 
