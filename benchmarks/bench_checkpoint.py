@@ -57,6 +57,7 @@ def write_recipe(folder: Path, args: argparse.Namespace, steps: int) -> Path:
             "micro_batch_sequences": 1,
             "log_every_steps": 1,
             "compile": "off",
+            "precision": "fp32",  # the run folder holds what auto came to
         },
         "checkpoint": {"every_steps": None, "keep_last": 9},
     }

@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +28,9 @@ FORMAT = 2
 
 READABLE = (1, 2)
 """Versions that are read; what is not known is refused."""
+
+_MAX_THREADS = 8
+"""That hash files."""
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -140,6 +145,49 @@ def _opened(path: Path) -> Checkpoint:
     return Checkpoint(path, step_of(path), json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
 
+Marks = dict[str, tuple[int, int]]
+Hashes = dict[str, Future[dict[str, Any]]]
+_ahead: dict[Path, tuple[Marks, Hashes]] = {}
+"""What `hash_ahead` has begun, until `validate` takes it."""
+
+
+def hash_ahead(run: Path) -> None:
+    """Begin to hash the files of a run's newest checkpoint in threads, which do not keep the process from ending.
+
+    `validate` waits for the result, and takes it if no file has changed. Hashing takes seconds a gigabyte, and the
+    imports before a run goes on leave a core to it.
+    """
+    with suppress(OSError):  # `validate` will say it
+        for path in step_folders(run)[-1:]:
+            marks = _marks(path)
+            hashes: Hashes = {name: Future() for name in marks}
+            left = sorted(marks, key=lambda name: marks[name])  # the largest is taken first
+            _ahead[path] = marks, hashes
+            for _ in range(min(_MAX_THREADS, len(left))):
+                Thread(target=_hash, args=(path, left, hashes), daemon=True).start()
+
+
+def _hash(path: Path, left: list[str], hashes: Hashes) -> None:
+    with suppress(IndexError):
+        while True:
+            name = left.pop()
+            try:
+                hashes[name].set_result(fingerprint(path / name))
+            except OSError as error:
+                hashes[name].set_exception(error)
+
+
+def _taken(path: Path) -> Hashes:
+    """What was begun for a checkpoint whose files have not changed since."""
+    marks, hashes = _ahead.pop(path, ({}, {}))
+    return hashes if marks == _marks(path) else {}
+
+
+def _marks(path: Path) -> Marks:
+    stats = {entry.name: entry.stat() for entry in os.scandir(path) if entry.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
 def validate(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None; reads every file once, in several threads."""
     try:
@@ -147,8 +195,10 @@ def validate(path: Path) -> str | None:
         if isinstance(manifest, str):
             return manifest
         files = manifest["files"]
-        with ThreadPoolExecutor(max_workers=min(8, len(files) or 1)) as pool:
-            for name, found in zip(files, pool.map(lambda name: fingerprint(path / name), files), strict=True):
+        with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, len(files) or 1)) as pool:
+            ahead = _taken(path)
+            known = pool.map(lambda name: ahead[name].result() if name in ahead else fingerprint(path / name), files)
+            for name, found in zip(files, known, strict=True):
                 if found != files[name]:
                     return f"{name} does not match its checksum"
     except FileNotFoundError as error:

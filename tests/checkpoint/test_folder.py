@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmssl import checkpoint
-from lmssl.checkpoint import Checkpoint
+from lmssl.checkpoint import Checkpoint, folder
 from lmssl.checkpoint.folder import remove, sweep
 from lmssl.errors import CheckpointError
 
@@ -145,3 +146,52 @@ def test_a_removal_that_is_killed_leaves_no_half_checkpoint(
     assert checkpoint.step_folders(tmp_path) == [] and list((tmp_path / "checkpoints").iterdir())
     sweep(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are hashed from now on."""
+    hashed: list[str] = []
+    plain = folder.fingerprint
+
+    def fingerprint(path: Path) -> dict[str, Any]:
+        hashed.append(path.name)
+        return plain(path)
+
+    monkeypatch.setattr(folder, "fingerprint", fingerprint)
+    return hashed
+
+
+def test_what_was_hashed_ahead_is_not_hashed_again(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2).path
+    hashed = counted(monkeypatch)
+    checkpoint.hash_ahead(tmp_path)
+    assert checkpoint.find_step(tmp_path, None).step == 2
+    assert sorted(hashed) == sorted(path.name for path in newest.iterdir())
+    assert checkpoint.validate(newest) is None  # anew: what was begun is taken once
+    assert len(hashed) > len(list(newest.iterdir()))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_damage_is_seen_whenever_it_comes(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    newest = save(tmp_path, 2).path
+    hashed = counted(monkeypatch)
+    if when == "before":
+        flip(newest / "model.safetensors")
+    checkpoint.hash_ahead(tmp_path)
+    while len(hashed) < len(list(newest.iterdir())):
+        time.sleep(0.01)
+    if when == "after":
+        flip(newest / "model.safetensors")
+    assert checkpoint.validate(newest) == "model.safetensors does not match its checksum"
+
+
+def test_a_checkpoint_that_goes_while_it_is_hashed_ahead(tmp_path: Path, save: Save) -> None:
+    checkpoint.hash_ahead(tmp_path / "none")
+    for step in (1, 2):
+        save(tmp_path, step)
+    checkpoint.hash_ahead(tmp_path)
+    checkpoint.discard_after(tmp_path, 1)
+    assert checkpoint.find_step(tmp_path, None).step == 1
