@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -53,6 +54,30 @@ def test_a_rank_that_stalls_is_named_with_its_phase_and_its_stack(tmp_path: Path
         assert "rank 1 hangs in forward of micro-batch 1 in step 2" in run.output
         assert "rank 0 hangs" not in run.output
         assert "in stall" in run.output  # the stack of the rank that hangs
+
+
+SLOW_DISK = """
+from lmssl.checkpoint import protocol
+plain = protocol.write_tensors
+def write_tensors(*args):
+    time.sleep(9 if RANK == 1 or "RANK" not in os.environ else 0)
+    return plain(*args)
+protocol.write_tensors = write_tensors
+"""
+
+
+@pytest.mark.parametrize("launcher", [None, "torchrun"])
+def test_a_save_that_takes_longer_than_hang_seconds_is_no_hang(
+    tmp_path: Path, text_folder: Path, launcher: str | None
+) -> None:
+    """Two files of 9 s each; the other rank waits for them, which is no hang either."""
+    recipe = recipe_of(tmp_path, text_folder, **{"train.hang_seconds": 12, "checkpoint.every_steps": None})
+    with faulty_run(tmp_path, recipe, SLOW_DISK, launcher=launcher) as run:
+        assert run.end() == 0, run.output
+        assert "hangs" not in run.output
+        paused = re.search(r"checkpoint of step 4: .* training paused ([\d.]+) s", run.output)
+        assert paused is not None and float(paused[1]) > 17, run.output
+    assert checkpoint.find_step(tmp_path / "run", None).step == 4
 
 
 def test_a_stopped_rank_that_cannot_say_so_is_named_by_the_others(tmp_path: Path, text_folder: Path) -> None:
