@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
-from lmssl.model.varlen import document_starts
 
-if TYPE_CHECKING:  # loader workers unpickle objectives and must not pay for importing transformers
+if TYPE_CHECKING:  # loader workers unpickle objectives and must not pay for importing transformers or torch's compiler
     from transformers import PreTrainedModel
 
 
@@ -45,6 +44,8 @@ class MicroBatch:
             return {name: tensor.to(device) for name, tensor in self.inputs.items()}
         inputs = dict(self.inputs)
         if "segments_BT" in inputs:
+            from lmssl.model.varlen import document_starts  # here, see above
+
             inputs["document_starts"] = document_starts(inputs["segments_BT"])
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in inputs.items()}
 

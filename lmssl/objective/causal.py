@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
-from lmssl.model.attention import document_kwargs
 from lmssl.model.head import IGNORE, chunk_size, output_weight, summed_cross_entropy
 from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
 
@@ -55,6 +54,8 @@ class CausalObjective(SumObjective):
 
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Summed next-token cross-entropy; hidden states never meet the whole vocabulary at once."""
+        from lmssl.model.attention import document_kwargs  # here, for loader workers must not pay for the compiler
+
         targets_N = inputs["targets_BT"].reshape(-1)
         body = model.base_model(
             input_ids=inputs["ids_BT"],

@@ -114,6 +114,22 @@ def test_light_modules_load_no_heavy_library(sources: list[Any], root: Path) -> 
     assert result.returncode == 0, result.stderr
 
 
+def test_what_loader_processes_import_is_light(sources: list[Any], root: Path) -> None:
+    """They unpickle objectives, whose modules load neither transformers nor torch's compiler: seconds and memory."""
+    modules = [s.module for s in sources if s.module.startswith("lmssl.objective.")]
+    modules = [name for name in modules if name not in ("lmssl.objective.build", "lmssl.objective.module")]
+    assert "lmssl.objective.causal" in modules
+    code = (
+        "import importlib, sys\n"
+        f"for name in {['lmssl.data.batch', *sorted(modules)]!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    loaded = {'transformers', 'torch._dynamo'} & sys.modules.keys()\n"
+        "    if loaded: sys.exit(f'{name} loads {sorted(loaded)}')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_library_imported_is_declared(sources: list[Any], root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
