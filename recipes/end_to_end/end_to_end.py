@@ -1,4 +1,4 @@
-"""The whole way of a model, in ten minutes on a CPU: from text to a table of labelled results.
+"""The whole way of a model, in ten to thirty minutes on a CPU: from text to a table of labelled results.
 
     python recipes/end_to_end/end_to_end.py causal        # or masked; from a clone, with lmssl[finetune] installed
 
