@@ -6,8 +6,7 @@ import gc
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -77,21 +76,22 @@ def train(
         from lmssl.data import fork_server
 
         fork_server.start()
-    with _importing():
-        from lmssl import checkpoint
-
-        checkpoint.hash_ahead(Path(loaded.recipe.out_path))
-        from lmssl.train.run import train as run
-
-    run(loaded, launcher)
+    _imported(Path(loaded.recipe.out_path))(loaded, launcher)
 
 
-@contextmanager
-def _importing() -> Iterator[None]:
-    """Without garbage collection, which takes a fifth of the time of importing torch and transformers."""
+def _imported(run: Path) -> Callable[..., Path]:
+    """The function that trains, imported while the newest checkpoint of the run is hashed.
+
+    Without garbage collection, which takes a fifth of the time of importing torch and transformers.
+    """
     gc.disable()
     try:
-        yield
+        from lmssl import checkpoint
+
+        checkpoint.hash_ahead(run)
+        from lmssl.train.run import train
+
+        return train
     finally:
         gc.freeze()  # later collections need not look at a million imported objects
         gc.enable()
