@@ -29,8 +29,6 @@ FORMAT = 2
 READABLE = (1, 2)
 """Versions that are read; what is not known is refused."""
 
-_BLOCK_BYTES = 1 << 24
-"""What is hashed at once, without the interpreter's lock: a thread that imports gives it back every 5 ms only."""
 _MAX_THREADS = 8
 """That hash files."""
 
@@ -175,7 +173,7 @@ def _hash(path: Path, left: list[str], hashes: Hashes) -> None:
             name = left.pop()
             try:
                 hashes[name].set_result(fingerprint(path / name))
-            except OSError as error:
+            except Exception as error:  # whatever it is, `validate` must not wait for ever
                 hashes[name].set_exception(error)
 
 
@@ -283,11 +281,9 @@ def sweep(run: Path) -> None:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": digest.hexdigest()}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def write_synced(path: Path, text: str) -> None:
