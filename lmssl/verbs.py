@@ -76,19 +76,13 @@ def train(
         from lmssl.data import fork_server
 
         fork_server.start()
-    _imported(Path(loaded.recipe.out_path))(loaded, launcher)
+    _imported()(loaded, launcher)
 
 
-def _imported(run: Path) -> Callable[..., Path]:
-    """The function that trains, imported while the newest checkpoint of the run is hashed.
-
-    Without garbage collection, which takes a fifth of the time of importing torch and transformers.
-    """
+def _imported() -> Callable[..., Path]:
+    """The function that trains; imported without garbage collection, a fifth of the time that torch and others take."""
     gc.disable()
     try:
-        from lmssl import checkpoint
-
-        checkpoint.hash_ahead(run)
         from lmssl.train.run import train
 
         return train

@@ -7,7 +7,7 @@
         optim.safetensors    `<state>/<parameter>`
         ema.safetensors      with `train.ema_decay`: the moving average of every weight, named as in the group model
         state.json  ledger.jsonl  recipe.yaml  config.json
-        manifest.json        what was saved, by what, and size and sha256 of each file; written last
+        manifest.json        what was saved, by what, and size and checksums of each file; written last
 
 Several ranks write `model-00001-of-00002.safetensors` and so on, each the tensors that it owns; a reader sees one group
 of named tensors, whatever wrote it. A folder without a manifest that matches is no checkpoint. No pickle is read or
@@ -21,7 +21,6 @@ from lmssl.checkpoint.folder import (
     discard_after,
     find_latest,
     find_step,
-    hash_ahead,
     step_folders,
     sync_folder,
     validate,
@@ -46,7 +45,6 @@ __all__ = [
     "discard_after",
     "find_latest",
     "find_step",
-    "hash_ahead",
     "load_weights",
     "owners",
     "prune",

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from torch import Tensor
 
+from lmssl.checkpoint.checksums import matches
 from lmssl.checkpoint.tensors import TensorFiles
 from lmssl.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout that is written.
 
-1 had one file per group of tensors and a manifest of format, step and files; everything else is as in 2.
+2 had no xxh128 in its manifest; 1 also had one file per group of tensors, and only format, step and files in it.
 """
 
-READABLE = (1, 2)
+READABLE = (1, 2, 3)
 """Versions that are read; what is not known is refused."""
 
 _MAX_THREADS = 8
-"""That hash files."""
+"""That read files."""
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -145,61 +143,21 @@ def _opened(path: Path) -> Checkpoint:
     return Checkpoint(path, step_of(path), json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
 
-Marks = dict[str, tuple[int, int]]
-Hashes = dict[str, Future[dict[str, Any]]]
-_ahead: dict[Path, tuple[Marks, Hashes]] = {}
-"""What `hash_ahead` has begun, until `validate` takes it."""
+def validate(path: Path, *, thoroughly: bool = False) -> str | None:
+    """What is wrong with a checkpoint folder, or None; reads every file, several at a time.
 
-
-def hash_ahead(run: Path) -> None:
-    """Begin to hash the files of a run's newest checkpoint in threads, which do not keep the process from ending.
-
-    `validate` waits for the result, and takes it if no file has changed. Hashing takes seconds a gigabyte, and the
-    imports before a run goes on leave a core to it.
+    Args:
+        thoroughly: by every checksum in its manifest; else by the fastest.
     """
-    with suppress(OSError):  # `validate` will say it
-        for path in step_folders(run)[-1:]:
-            marks = _marks(path)
-            hashes: Hashes = {name: Future() for name in marks}
-            left = sorted(marks, key=lambda name: marks[name])  # the largest is taken first
-            _ahead[path] = marks, hashes
-            for _ in range(min(_MAX_THREADS, len(left))):
-                Thread(target=_hash, args=(path, left, hashes), daemon=True).start()
-
-
-def _hash(path: Path, left: list[str], hashes: Hashes) -> None:
-    with suppress(IndexError):
-        while True:
-            name = left.pop()
-            try:
-                hashes[name].set_result(fingerprint(path / name))
-            except Exception as error:  # whatever it is, `validate` must not wait for ever
-                hashes[name].set_exception(error)
-
-
-def _taken(path: Path) -> Hashes:
-    """What was begun for a checkpoint whose files have not changed since."""
-    marks, hashes = _ahead.pop(path, ({}, {}))
-    return hashes if marks == _marks(path) else {}
-
-
-def _marks(path: Path) -> Marks:
-    stats = {entry.name: entry.stat() for entry in os.scandir(path) if entry.is_file()}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def validate(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None; reads every file once, in several threads."""
     try:
         manifest = read_manifest(path)
         if isinstance(manifest, str):
             return manifest
         files = manifest["files"]
         with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, len(files) or 1)) as pool:
-            ahead = _taken(path)
-            known = pool.map(lambda name: ahead[name].result() if name in ahead else fingerprint(path / name), files)
-            for name, found in zip(files, known, strict=True):
-                if found != files[name]:
+            found = pool.map(lambda name: matches(path / name, files[name], thoroughly=thoroughly), files)
+            for name, match in zip(files, found, strict=True):
+                if not match:
                     return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -277,13 +235,6 @@ def sweep(run: Path) -> None:
     """Remove what killed saves left behind; only where nothing is being saved."""
     for path in checkpoints_path(run).glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
+from lmssl.checkpoint.checksums import fingerprint, matches
 from lmssl.checkpoint.folder import (
     FORMAT,
     MANIFEST,
@@ -26,7 +27,6 @@ from lmssl.checkpoint.folder import (
     checkpoints_path,
     discard_after,
     find_latest,
-    fingerprint,
     remove,
     step_path,
     sweep,
@@ -152,7 +152,7 @@ class RankWriter:
             written[name] = fingerprint(partial / name)
         for name, expected in written.items():
             _forget_cached(partial / name)
-            if fingerprint(partial / name) != expected:
+            if not matches(partial / name, expected):
                 raise OSError(f"{name} was read back otherwise than it was written; the disk or the memory is faulty")
             self.progress()
         return written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lmssl.checkpoint.checksums import CHECKSUMS
 from lmssl.errors import CheckpointError
 from lmssl.optim import exchange
 
@@ -81,10 +81,10 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write float32 tensors as a safetensors file and wait until it is on the disk; returns its size and sha256.
+    """Write float32 tensors as a safetensors file and wait until it is on the disk; returns its size and checksums.
 
     In one pass over the memory, outside the interpreter's lock, so that training goes on beside it; `safetensors.save`
-    holds the lock and leaves the hash to a second pass.
+    holds the lock and leaves the checksums to a second pass.
 
     Raises:
         CheckpointError: a number is not finite; names the tensor.
@@ -101,7 +101,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(head)
+    digests = {name: begin() for name, begin in CHECKSUMS.items()}
+    for digest in digests.values():
+        digest.update(head)
     with path.open("wb", buffering=0) as file:
         file.write(head)
         for name, tensor in tensors.items():
@@ -114,8 +116,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                         remedy="lower optim.lr, or lengthen schedule.warmup_tokens",
                     )
                 data = chunk.view(np.uint8).data
-                digest.update(data)
+                for digest in digests.values():
+                    digest.update(data)
                 while data:  # an unbuffered write may take less
                     data = data[file.write(data) :]
         os.fsync(file.fileno())
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": digest.hexdigest()}
+        checksums = {name: digest.hexdigest() for name, digest in digests.items()}
+        return {"size": os.fstat(file.fileno()).st_size, **checksums}

@@ -19,7 +19,7 @@ def verify(run: Path, report: Callable[[str], None]) -> list[int]:
     whole: list[int] = []
     damaged: list[int] = []
     for path in step_folders(run):
-        problem = validate(path)
+        problem = validate(path, thoroughly=True)
         (damaged if problem else whole).append(step_of(path))
         report(f"{path.name}: " + (f"damaged: {problem}" if problem else _described(path)))
     for path in sorted(checkpoints_path(run).glob(f"{TEMPORARY}*")):

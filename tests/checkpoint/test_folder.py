@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmssl import checkpoint
-from lmssl.checkpoint import Checkpoint, folder
+from lmssl.checkpoint import Checkpoint
 from lmssl.checkpoint.folder import remove, sweep
 from lmssl.errors import CheckpointError
 
@@ -98,8 +97,8 @@ def test_asking_for_a_damaged_or_absent_step_names_what_there_is(tmp_path: Path,
     assert error.value.remedy == "steps there: 1"
 
 
-def in_format_1(run: Path, step: int) -> Path:
-    """What versions before format 2 wrote."""
+def in_earlier_format(run: Path, step: int, number: int) -> Path:
+    """What versions before format 3 wrote, as far as it is read."""
     path = checkpoint.checkpoints_path(run) / f"step-{step:08d}"
     path.mkdir(parents=True)
     save_file({"w": torch.arange(6.0).reshape(2, 3)}, path / "model.safetensors", metadata={"format": "pt"})
@@ -108,16 +107,40 @@ def in_format_1(run: Path, step: int) -> Path:
     files = {
         p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in path.iterdir()
     }
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "files": files}))
+    (path / "manifest.json").write_text(json.dumps({"format": number, "step": step, "files": files}))
     return path
 
 
-def test_format_1_is_read(tmp_path: Path) -> None:
-    in_format_1(tmp_path, 4)
+@pytest.mark.parametrize("number", [1, 2])
+def test_earlier_formats_are_read(tmp_path: Path, number: int) -> None:
+    path = in_earlier_format(tmp_path, 4, number)
     found = checkpoint.find_step(tmp_path, None)
     assert set(found.groups) == {"model", "optim"}
     assert torch.equal(found.tensors("model")["w"], torch.arange(6.0).reshape(2, 3))
     assert torch.equal(found.tensors("optim")["exp_avg/w"], torch.ones(2, 3))
+    assert checkpoint.validate(path, thoroughly=True) is None
+    flip(path / "model.safetensors")
+    assert checkpoint.validate(path) == "model.safetensors does not match its checksum"
+
+
+@pytest.mark.parametrize("kept", [["size"], ["sha256"], ["size", "crc32"]])
+def test_a_manifest_that_proves_nothing_is_none(tmp_path: Path, save: Save, kept: list[str]) -> None:
+    path = save(tmp_path, 1).path
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    change(path, files={name: {key: file.get(key, 0) for key in kept} for name, file in files.items()})
+    assert checkpoint.validate(path) is not None
+    assert checkpoint.validate(path, thoroughly=True) is not None
+
+
+def test_each_checksum_is_compared_by_whom_it_is_for(tmp_path: Path, save: Save) -> None:
+    """A start reads by xxh128; `lmssl verify` by both."""
+    for step, name in ((1, "xxh128"), (2, "sha256")):
+        path = save(tmp_path, step).path
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        files["model.safetensors"][name] = "0" * len(files["model.safetensors"][name])
+        change(path, files=files)
+        assert (checkpoint.validate(path) is None) == (name == "sha256")
+        assert checkpoint.validate(path, thoroughly=True) == "model.safetensors does not match its checksum"
 
 
 def test_a_part_that_the_manifest_leaves_out_is_missed(tmp_path: Path, save: Save) -> None:
@@ -146,52 +169,3 @@ def test_a_removal_that_is_killed_leaves_no_half_checkpoint(
     assert checkpoint.step_folders(tmp_path) == [] and list((tmp_path / "checkpoints").iterdir())
     sweep(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that are hashed from now on."""
-    hashed: list[str] = []
-    plain = folder.fingerprint
-
-    def fingerprint(path: Path) -> dict[str, Any]:
-        hashed.append(path.name)
-        return plain(path)
-
-    monkeypatch.setattr(folder, "fingerprint", fingerprint)
-    return hashed
-
-
-def test_what_was_hashed_ahead_is_not_hashed_again(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1)
-    newest = save(tmp_path, 2).path
-    hashed = counted(monkeypatch)
-    checkpoint.hash_ahead(tmp_path)
-    assert checkpoint.find_step(tmp_path, None).step == 2
-    assert sorted(hashed) == sorted(path.name for path in newest.iterdir())
-    assert checkpoint.validate(newest) is None  # anew: what was begun is taken once
-    assert len(hashed) > len(list(newest.iterdir()))
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_damage_is_seen_whenever_it_comes(
-    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    newest = save(tmp_path, 2).path
-    hashed = counted(monkeypatch)
-    if when == "before":
-        flip(newest / "model.safetensors")
-    checkpoint.hash_ahead(tmp_path)
-    while len(hashed) < len(list(newest.iterdir())):
-        time.sleep(0.01)
-    if when == "after":
-        flip(newest / "model.safetensors")
-    assert checkpoint.validate(newest) == "model.safetensors does not match its checksum"
-
-
-def test_a_checkpoint_that_goes_while_it_is_hashed_ahead(tmp_path: Path, save: Save) -> None:
-    checkpoint.hash_ahead(tmp_path / "none")
-    for step in (1, 2):
-        save(tmp_path, step)
-    checkpoint.hash_ahead(tmp_path)
-    checkpoint.discard_after(tmp_path, 1)
-    assert checkpoint.find_step(tmp_path, None).step == 1

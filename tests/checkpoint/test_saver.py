@@ -204,9 +204,9 @@ def test_the_manifest_says_what_was_saved_and_by_what(tmp_path: Path) -> None:
     manifest = json.loads((checkpoint.find_step(tmp_path, 4).path / "manifest.json").read_text())
     files = manifest.pop("files")
     assert set(files) == {"model.safetensors", "state.json"}
-    assert all(set(file) == {"size", "sha256"} for file in files.values())
+    assert all(set(file) == {"size", "sha256", "xxh128"} for file in files.values())
     assert manifest == {
-        "format": 2,
+        "format": 3,
         "step": 4,
         "tokens": 64,
         "finite": False,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lmssl import checkpoint
 from lmssl.checkpoint import Checkpoint
+from lmssl.checkpoint.checksums import fingerprint
 from lmssl.checkpoint.tensors import TensorFiles, write_tensors
 from lmssl.errors import CheckpointError
 
@@ -50,7 +52,8 @@ def test_a_file_is_as_safetensors_writes_it_and_its_hash_is_true(tmp_path: Path)
     }
     found = write_tensors(tmp_path / "x.safetensors", tensors)
     content = (tmp_path / "x.safetensors").read_bytes()
-    assert found == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    hashes = {"sha256": hashlib.sha256(content).hexdigest(), "xxh128": xxhash.xxh128_hexdigest(content)}
+    assert found == {"size": len(content), **hashes} == fingerprint(tmp_path / "x.safetensors")
     loaded = load_file(tmp_path / "x.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
@@ -65,7 +68,7 @@ def test_tensors_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("lmssl.checkpoint.tensors._CHUNK_BYTES", 64)
     tensor = torch.arange(1001.0)
     found = write_tensors(tmp_path / "x.safetensors", {"a": tensor})
-    assert found["sha256"] == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    assert found == fingerprint(tmp_path / "x.safetensors")
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], tensor)
 
 

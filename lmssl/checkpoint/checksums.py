@@ -1,0 +1,54 @@
+"""Checksums of files: sha256, which proves a copy against any change, and xxh128, which finds damage at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+
+
+class Digest(Protocol):
+    """A checksum in the making."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take more bytes."""
+
+    def hexdigest(self) -> str:
+        """The checksum so far."""
+
+
+CHECKSUMS: Mapping[str, Callable[[], Digest]] = {"sha256": hashlib.sha256, "xxh128": xxhash.xxh128}
+"""Name in a manifest -> what begins it."""
+
+_BLOCK_BYTES = 2**20
+
+
+def fingerprint(path: Path, checksums: Collection[str] = tuple(CHECKSUMS)) -> dict[str, Any]:
+    """Size in bytes of a file, and its checksums by name."""
+    found: dict[str, Any] = {}
+    with path.open("rb") as file:
+        for name in checksums:
+            file.seek(0)
+            digest = CHECKSUMS[name]()
+            while data := file.read(_BLOCK_BYTES):
+                digest.update(data)
+            found[name] = digest.hexdigest()
+        return {"size": os.fstat(file.fileno()).st_size, **found}
+
+
+def matches(path: Path, expected: Mapping[str, Any], *, thoroughly: bool = False) -> bool:
+    """Whether a file is as a manifest says.
+
+    No accident gets past xxh128, and it costs a fortieth of sha256; manifests before format 3 have only sha256.
+
+    Args:
+        expected: its size and checksums by name.
+        thoroughly: compare every checksum that is there.
+    """
+    known = [name for name in ("xxh128", "sha256") if name in expected] or ["sha256"]
+    found = fingerprint(path, known if thoroughly else known[:1])
+    return all(expected.get(name) == value for name, value in found.items())
