@@ -37,8 +37,8 @@ _MAX_THREADS = 4
 """Threads of one process that build; the encoder uses all cores anyway, and reading JSON holds the interpreter."""
 _MIN_POOL_BYTES = 176 << 20
 """Text that is worth further processes: they do a fifth less work than threads, and begin two seconds late."""
-_PRELOADED = ("lmssl.cli", "lmssl.prepare", "gigatoken", "awkward")
-"""What a worker imports; the last two are what the encoder of byte-level BPE takes, and most of the time."""
+_PRELOADED = ("lmssl.cli", "lmssl.prepare", "gigatoken")
+"""What a worker imports."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,10 @@ def _never() -> bool:
     return False
 
 
+def _nothing() -> None:
+    """What a pool is asked for so that it starts."""
+
+
 class _Pool:
     """Processes that build units; leaving it early drops what has not begun."""
 
@@ -200,11 +204,15 @@ class _Pool:
             initializer=_open_worker,
             initargs=(settings,),
         )
+        # Starting the first process waits until the server has imported what it preloads.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="pool")
+        self._started = self._starter.submit(self._executor.submit, _nothing)
 
     def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._starter.shutdown()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def run(self, units: Sequence[Unit], cache: ChunkCache) -> Iterator[tuple[Unit, Prepared]]:
@@ -212,7 +220,8 @@ class _Pool:
         waiting = deque(units)
         running: dict[Future[Prepared], Unit] = {}
         while waiting or running:
-            while waiting and len(running) < 2 * self._processes:
+            while waiting and len(running) < 2 * self._processes and self._started.done():
+                self._started.result()
                 unit = waiting.popleft()
                 running[self._executor.submit(_in_worker, unit)] = unit
             if waiting:

@@ -274,7 +274,7 @@ class ChunkCache:
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         """One builder per chunk on this machine; the kernel releases the lock of a dead process."""
-        with (self._root / "locks" / f"{name[:2]}.lock").open("a") as file:
+        with (self._root / "locks" / f"{name[:3]}.lock").open("a") as file:
             while True:
                 self._check_cancelled()
                 try:

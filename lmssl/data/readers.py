@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import orjson
+import pyarrow as pa
 
 from lmssl.data import hf_datasets, parquet_files, python_docs
 from lmssl.data.archive import ARCHIVE_ERRORS, broken_archive, open_bytes
@@ -20,6 +22,8 @@ from lmssl.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _PIECE_BYTES = 1 << 20
+_LONG_BYTES = 8192
+_LINE_END = re.compile(rb"\r\n")
 _BLANK_LINE = re.compile(rb"(?m)^[ \t\r\v\f]*\n")
 
 
@@ -159,13 +163,37 @@ def _without_blank_lines(start: int, piece: bytes) -> tuple[int, bytes]:
 
 
 def _decoded(raw: bytes, number: int, start: int) -> Item:
+    if not is_utf8(raw):
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            return BadRecord(number, start, f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {start + error.start}")
+    return Record(plain_ends(raw), number, start)
+
+
+def is_utf8(raw: bytes) -> bool:
+    """Whether some bytes are UTF-8; Arrow knows it of a long text in an eighth of the time that decoding takes."""
+    if len(raw) > _LONG_BYTES:
+        offsets = struct.pack("=qq", 0, len(raw))  # `pa.array` would import pandas
+        try:
+            pa.LargeStringArray.from_buffers(1, pa.py_buffer(offsets), pa.py_buffer(raw)).validate(full=True)
+            return True
+        except pa.ArrowInvalid:
+            return False
     try:
-        raw.decode("utf-8")  # nothing checks bytes faster
-    except UnicodeDecodeError as error:
-        return BadRecord(number, start, f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {start + error.start}")
-    if b"\r" in raw:  # looked for first, because that is ten times as fast
-        raw = raw.replace(b"\r\n", b"\n")
-    return Record(raw, number, start)
+        raw.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def plain_ends(raw: bytes) -> bytes:
+    """A text with its lines ended by line feeds alone, and without one by a carriage return alone changed."""
+    if b"\r" not in raw:
+        return raw
+    if raw.count(b"\r", 0, _LONG_BYTES) < _LONG_BYTES >> 8:  # for few of them: `replace` looks at every line feed
+        return _LINE_END.sub(b"\n", raw)
+    return raw.replace(b"\r\n", b"\n")
 
 
 def _read_jsonl(lines: Iterable[tuple[int, bytes]], field: str) -> Iterator[Item]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from lmssl.errors import TokenizerError
 from lmssl.tokenizer.engines import Encoded, Engine, ReferenceEngine, open_gigatoken, open_tokie
@@ -54,7 +55,7 @@ class Encoder:
                     f"merges of this tokenizer build {token['content']!r}, so text gives that control token's id"
                 )
         self._can_cut = can_cut(content)
-        text = json.dumps(content)
+        text = orjson.dumps(content).decode()
         self._reference = ReferenceEngine(text)
         self._fast: Engine | None = None
         self._calls = 0
@@ -145,7 +146,7 @@ def plain_content(tokenizer: Tokenizer) -> dict[str, Any]:
     Control tokens are renamed, in vocabulary and added tokens alike: without that, a Unigram model or an
     `ignore_merges` BPE finds `[CLS]` in its vocabulary as an ordinary piece. One that merges build keeps its name.
     """
-    content: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    content: dict[str, Any] = orjson.loads(tokenizer.backend.to_str())
     model, names = content["model"], {}
     built = {_merged(pair) for pair in model.get("merges") or []}
     for token in content["added_tokens"]:

@@ -10,18 +10,17 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import tokenizers
 
-from lmssl.tokenizer.split import PIECE_BYTES
-
 _BATCH_BYTES = 4 << 20
-_MAX_CACHED_BYTES = 192 << 20
-"""What the words in gigatoken's caches may take, estimated, before a fresh instance takes over."""
+_SMALL_BATCH = 16 << 10
+"""Characters that one thread encodes sooner than several."""
+_MAX_GROWTH_BYTES = 96 << 20
+"""By how much the process may grow while gigatoken encodes, before a fresh instance takes over."""
 
-_WORD_SHARE = 128
-"""One text in so many is looked at for that; a word costs its bytes and these many more:"""
-
-_WORD_BYTES = 64
+_LOOK_BYTES = 2 << 20
+"""Text between two looks at that."""
 
 
 class Encoded(NamedTuple):
@@ -51,28 +50,40 @@ class ReferenceEngine:
         """Ids of texts in UTF-8."""
         arrays: list[npt.NDArray[np.uint32]] = []
         for batch in _batches(raws):
-            encodings = self._backend.encode_batch_fast([raw.decode() for raw in batch], add_special_tokens=False)
+            texts = [raw.decode() for raw in batch]
+            if sum(map(len, texts)) <= _SMALL_BATCH:  # its pool of threads would wait until a core is free
+                encodings = [self._backend.encode(text, add_special_tokens=False) for text in texts]
+            else:
+                encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
             arrays.extend(np.array(encoding.ids, dtype=np.uint32) for encoding in encodings)
         ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
         return Encoded(np.concatenate(arrays) if arrays else np.empty(0, np.uint32), ends)
 
 
 class _Gigatoken:
-    """gigatoken; its caches grow with the text, so a fresh instance takes over now and then."""
+    """gigatoken; its caches grow with the words it meets, so a fresh instance takes over now and then.
+
+    How much they take it does not tell; the growth of the process bounds it. Where something else grows, an instance
+    is renewed for nothing, once.
+    """
 
     def __init__(self, content: str, all_cores: bool) -> None:
         self._content = content
         self._all_cores = all_cores
         self._lock = threading.Lock()
+        self._process = psutil.Process()
+        self._num_bytes = self._began_bytes = 0
         self._renew()
 
     def encode(self, raws: Sequence[bytes]) -> Encoded:
         if not raws:
             return Encoded(np.empty(0, np.uint32), np.empty(0, np.int64))
         with self._lock:
-            if self._cached_bytes > _MAX_CACHED_BYTES:
-                self._renew()
-            self._estimate(raws)
+            self._num_bytes += sum(map(len, raws))
+            if self._num_bytes > _LOOK_BYTES:
+                self._num_bytes = 0
+                if self._process.memory_info().rss - self._began_bytes > _MAX_GROWTH_BYTES:
+                    self._renew()
             backend = self._backend
         if not self._all_cores:
             arrays = [backend.encode(raw) for raw in raws]
@@ -86,29 +97,8 @@ class _Gigatoken:
         import gigatoken
 
         self._backend = gigatoken.Tokenizer.from_json(self._content)
-        self._words = set[bytes]()
-        self._num_texts = self._seen_bytes = self._word_bytes = 0
-        self._before = 0, 0
-        self._cached_bytes = 0.0
-
-    def _estimate(self, raws: Sequence[bytes]) -> None:
-        """Look at the words of one text in 128, and from these tell what all words take.
-
-        New words come ever more seldom: their bytes grow as a power of the text's, near 0.6 for natural language
-        (Heaps' law) and 1 for a dump of hashes. How they grew just now gives the exponent.
-        """
-        for raw in raws[-self._num_texts % _WORD_SHARE :: _WORD_SHARE]:
-            new = set(raw[:PIECE_BYTES].split()) - self._words
-            self._words |= new
-            self._seen_bytes += min(len(raw), PIECE_BYTES)
-            self._word_bytes += sum(map(len, new)) + _WORD_BYTES * len(new)
-        self._num_texts += len(raws)
-        seen, word_bytes = self._before
-        if self._seen_bytes > 1.25 * seen or self._word_bytes > 1.25 * word_bytes:
-            growth = (self._word_bytes - word_bytes) / (self._seen_bytes - seen)
-            exponent = min(1.0, growth * self._seen_bytes / max(1, self._word_bytes))
-            self._cached_bytes = self._word_bytes * _WORD_SHARE**exponent
-            self._before = self._seen_bytes, self._word_bytes
+        self._num_bytes = 0
+        self._began_bytes = self._process.memory_info().rss
 
 
 class _Tokie:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
@@ -186,7 +187,8 @@ def test_gigatoken_on_one_core_agrees(byte_level: Tokenizer, texts: list[str]) -
 
 @needs_gigatoken
 def test_threads_share_an_encoder(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_MAX_CACHED_BYTES", 10_000)
+    monkeypatch.setattr(engines, "_MAX_GROWTH_BYTES", -1 << 60)
+    monkeypatch.setattr(engines, "_LOOK_BYTES", 10_000)
     encoder = Encoder(byte_level)
     batches = [[f"batch {i} text {j} {'word ' * (j % 50)}" for j in range(300)] for i in range(24)]
     expected = [documents(Encoder(byte_level, "reference").encode(batch)) for batch in batches]
@@ -196,23 +198,25 @@ def test_threads_share_an_encoder(byte_level: Tokenizer, monkeypatch: pytest.Mon
 
 
 @needs_gigatoken
-def test_words_that_repeat_cost_little(byte_level: Tokenizer) -> None:
-    fast = Encoder(byte_level)._fast
-    assert isinstance(fast, engines._Gigatoken)
-    sizes = []
-    for texts in (
-        [b"the same few words again " * 40] * 256,
-        [b" ".join(b"%x" % (i << 20 | j) for j in range(200)) for i in range(256)],
-    ):
-        fast._renew()
-        fast.encode(texts)
-        sizes.append(fast._cached_bytes)
-    assert sizes[0] * 10 < sizes[1]
+@pytest.mark.parametrize("all_cores", [False, True])
+def test_new_words_do_not_fill_the_memory(byte_level: Tokenizer, all_cores: bool) -> None:
+    """Random words, none of which comes twice: kept, their 60 MB would take 450."""
+    encoder, process = Encoder(byte_level, all_cores=all_cores), psutil.Process()
+    draw = np.random.default_rng(1)
+    before, most = process.memory_info().rss, 0
+    for _ in range(30):
+        letters = draw.integers(ord("a"), ord("z") + 1, (160_000, 13), dtype=np.uint8)
+        letters[:, 12] = ord(" ")
+        encoder.encode_utf8([part.tobytes() for part in np.split(letters, 32)])
+        most = max(most, process.memory_info().rss)
+    assert encoder.engine == "gigatoken"
+    assert most - before < 300e6
 
 
 @needs_gigatoken
 def test_gigatoken_is_renewed(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_MAX_CACHED_BYTES", 10)
+    monkeypatch.setattr(engines, "_MAX_GROWTH_BYTES", -1 << 60)
+    monkeypatch.setattr(engines, "_LOOK_BYTES", 10)
     encoder = Encoder(byte_level)
     first = encoder._fast._backend  # type: ignore[union-attr]
     texts = [f"some text {i}" for i in range(200)]
