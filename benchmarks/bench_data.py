@@ -57,7 +57,7 @@ def write_text(source: Path, folder: Path, processes: int) -> int:
     data = source.read_bytes()
     if source.suffix == ".zst":
         data = zstandard.ZstdDecompressor().stream_reader(data).read()
-    texts = [json.loads(line)["text"] for line in data.decode("utf-8").splitlines() if line]
+    texts = [json.loads(line)["text"] for line in data.split(b"\n") if line]
     (folder / "txt").mkdir()
     (folder / "parts").mkdir()
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
