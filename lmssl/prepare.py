@@ -189,10 +189,6 @@ def _never() -> bool:
     return False
 
 
-def _nothing() -> None:
-    """What a pool is asked for so that it starts."""
-
-
 class _Pool:
     """Processes that build units; leaving it early drops what has not begun."""
 
@@ -204,15 +200,11 @@ class _Pool:
             initializer=_open_worker,
             initargs=(settings,),
         )
-        # Starting the first process waits until the server has imported what it preloads.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="pool")
-        self._started = self._starter.submit(self._executor.submit, _nothing)
 
     def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._starter.shutdown()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def run(self, units: Sequence[Unit], cache: ChunkCache) -> Iterator[tuple[Unit, Prepared]]:
@@ -220,8 +212,7 @@ class _Pool:
         waiting = deque(units)
         running: dict[Future[Prepared], Unit] = {}
         while waiting or running:
-            while waiting and len(running) < 2 * self._processes and self._started.done():
-                self._started.result()
+            while waiting and len(running) < 2 * self._processes:
                 unit = waiting.popleft()
                 running[self._executor.submit(_in_worker, unit)] = unit
             if waiting:

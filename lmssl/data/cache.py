@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from lmssl.data.chunk import (
     CHUNK_FORMAT,
@@ -29,6 +30,7 @@ from lmssl.data.chunk import (
     chunk_checksum,
     document_rows,
     read_chunk,
+    update_from_file,
     write_chunk,
     write_tokens,
 )
@@ -232,9 +234,9 @@ class ChunkCache:
 
     def _write(self, folder: Path, unit: Unit, text: ChunkText) -> None:
         encode = self._opened_encoder().encode_utf8
-        ends = write_tokens(folder / "tokens.ds", text.documents, self._dtype, encode, self._check_cancelled)
+        ends, digest = write_tokens(folder / "tokens.ds", text.documents, self._dtype, encode, self._check_cancelled)
         rows = document_rows(text.documents)
-        write_chunk(folder, unit, text, self._dtype, self._tokenizer.fingerprint, ends, rows)
+        write_chunk(folder, unit, text, self._dtype, self._tokenizer.fingerprint, ends, rows, digest)
 
     def _copy(self, folder: Path, unit: Unit, text: ChunkText) -> None:
         """A chunk of ready-made tokens; how many bytes their text had is not known, and 0 stands for that."""
@@ -246,7 +248,9 @@ class ChunkCache:
         rows["text_hash"], rows["part"], rows["record"] = copied.hashes, copied.parts, copied.numbers
         rows["start"] = rows["record"]
         text = replace(text, num_empty=copied.num_empty)
-        write_chunk(folder, unit, text, self._dtype, tokenizer.fingerprint, copied.ends, rows)
+        digest = xxhash.xxh3_128()
+        update_from_file(digest, folder / "tokens.ds")
+        write_chunk(folder, unit, text, self._dtype, tokenizer.fingerprint, copied.ends, rows, digest)
 
     @property
     def _dtype(self) -> np.dtype[Any]:

@@ -6,6 +6,7 @@ needs, `bad.jsonl` where records were unreadable, and `meta.json`, written last.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,16 +112,21 @@ def write_chunk(
     fingerprint: str,
     ends: npt.NDArray[np.int64],
     rows: npt.NDArray[Any],
+    digest: xxhash.xxh3_128,
 ) -> None:
     """Write everything behind `tokens.ds`, which is there; `meta.json` comes last.
 
     Args:
+        digest: of the bytes of `tokens.ds`, see `chunk_checksum`.
         fingerprint: the tokenizer's.
         ends: where each document ends in the tokens, shape [documents].
         rows: of `DOCUMENT_FIELDS`, shape [documents].
     """
-    (folder / "tokens.ds.index").write_bytes(ends.astype("<u8").tobytes())
-    np.save(folder / "documents.npy", rows)
+    documents = io.BytesIO()
+    np.save(documents, rows)
+    for name, content in zip(_ARRAYS[1:], (ends.astype("<u8").tobytes(), documents.getvalue()), strict=True):
+        (folder / name).write_bytes(content)
+        digest.update(content)
     if text.bad:
         (folder / "bad.jsonl").write_text(_bad_lines(unit, text), encoding="utf-8")
     meta = ChunkMeta(
@@ -132,7 +138,7 @@ def write_chunk(
         num_empty=text.num_empty,
         is_last=text.is_last,
         dtype=dtype.str,
-        checksum=chunk_checksum(folder),
+        checksum=digest.hexdigest(),
         fingerprint=fingerprint,
         sources=tuple(part.path for part in unit.parts),
     )
@@ -145,19 +151,22 @@ def write_tokens(
     dtype: np.dtype[Any],
     encode: Callable[[list[bytes]], tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]],
     check: Callable[[], None],
-) -> npt.NDArray[np.int64]:
-    """Write the tokens of some documents; returned is where each ends, shape [documents].
+) -> tuple[npt.NDArray[np.int64], xxhash.xxh3_128]:
+    """Write the tokens of some documents; returned is where each ends, shape [documents], and the file's digest.
 
     `check` is called between batches and may raise.
     """
     counts: list[npt.NDArray[np.int64]] = []
+    digest = xxhash.xxh3_128()
     with path.open("wb") as file:
         for batch in _batches(documents):
             check()
             ids, ends = encode([document.raw for document in batch])
-            file.write(ids.astype(dtype).data)
+            narrow = ids.astype(dtype).data
+            file.write(narrow)
+            digest.update(narrow)
             counts.append(np.diff(ends, prepend=0))
-    return np.cumsum(np.concatenate(counts)) if counts else np.empty(0, np.int64)
+    return np.cumsum(np.concatenate(counts)) if counts else np.empty(0, np.int64), digest
 
 
 def document_rows(documents: Sequence[Document]) -> npt.NDArray[Any]:
@@ -184,14 +193,19 @@ def utf8_hash(raw: bytes) -> int:
 def chunk_checksum(folder: Path) -> str:
     """128 bits of a chunk's tokens, ends and rows, by xxHash: against damage, not against malice."""
     digest = xxhash.xxh3_128()
-    for name in _ARRAYS:
-        try:
-            with (folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except FileNotFoundError:
-            return "missing"
+    try:
+        for name in _ARRAYS:
+            update_from_file(digest, folder / name)
+    except FileNotFoundError:
+        return "missing"
     return digest.hexdigest()
+
+
+def update_from_file(digest: xxhash.xxh3_128, path: Path) -> None:
+    """Take the bytes of a file into a digest."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
 
 
 def _bad_lines(unit: Unit, text: ChunkText) -> str:

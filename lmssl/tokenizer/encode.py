@@ -19,6 +19,8 @@ from lmssl.tokenizer.split import can_cut, cut_out, cut_text
 
 _SAMPLE_BYTES = 1024
 _SAMPLE_SHARE = 4096
+_MAX_PASSED = 8
+"""Texts of which only a long piece could be checked, and which are passed over."""
 _MAX_CHECKED_BYTES = 1 << 20
 """Longer pieces, which have no place to cut, are not checked: the reference takes many times their memory."""
 
@@ -89,12 +91,9 @@ class Encoder:
         """Pieces, the last piece of each document, and the pieces to check: about 1/4096 of the text."""
         pieces: list[bytes] = []
         last = np.empty(len(raws), dtype=np.int64)
-        chosen, sample = _sample(raws, salt), list[int]()
+        chosen, sample = _sample(raws, salt, self._can_cut), list[int]()
         for i, raw in enumerate(raws):
-            parts = [raw]
-            if i in chosen and self._can_cut and len(raw) > 4 * _SAMPLE_BYTES:
-                # A short piece somewhere in a long text is what a sample can afford to check.
-                parts = cut_out(raw, int(_spread(salt + i) * (len(raw) - 2 * _SAMPLE_BYTES)), _SAMPLE_BYTES)
+            parts = chosen.get(i, [raw])
             for number, part in enumerate(parts):
                 cut = cut_text(part) if self._can_cut else [part]
                 if i in chosen and number == len(parts) // 2 and len(cut[0]) <= _MAX_CHECKED_BYTES:
@@ -218,18 +217,32 @@ def _spread(number: int) -> float:
     return number * 0.7548776662466927 % 1.0
 
 
-def _sample(raws: Sequence[bytes], salt: int) -> set[int]:
-    """Documents of which a piece is checked, other ones in each call; their pieces are about 1/4096 of the text."""
+def _sample(raws: Sequence[bytes], salt: int, can_cut: bool) -> dict[int, list[bytes]]:
+    """Documents to check, other ones in each call: each in parts, of which the middle one is checked.
+
+    All that is checked is about 1/4096 of the text. A text with no spaces to cut at gives a long part, which costs as
+    much as many short ones; a few such texts are passed over, if there are others.
+    """
     budget = max(_SAMPLE_BYTES, sum(map(len, raws)) // _SAMPLE_SHARE)
-    chosen: set[int] = set()
+    chosen: dict[int, list[bytes]] = {}
+    passed: dict[int, list[bytes]] = {}
     for k in range(len(raws)):
         if budget <= 0:
             break
         i = int((_spread(salt) + k * 0.6180339887498949) % 1.0 * len(raws))
-        if i not in chosen:
-            chosen.add(i)
-            budget -= min(len(raws[i]), _SAMPLE_BYTES) + 16
-    return chosen
+        if i in chosen or i in passed:
+            continue
+        raw = raws[i]
+        parts = [raw]
+        if can_cut and len(raw) > 4 * _SAMPLE_BYTES:
+            parts = cut_out(raw, int(_spread(salt + i) * (len(raw) - 2 * _SAMPLE_BYTES)), _SAMPLE_BYTES)
+        size = len(parts[len(parts) // 2])
+        if size > 4 * _SAMPLE_BYTES and len(passed) < _MAX_PASSED:
+            passed[i] = parts
+            continue
+        chosen[i] = parts
+        budget -= size + 16
+    return chosen or dict([*passed.items()][:1])
 
 
 def _first_difference(encoded: Encoded, reference: Engine, raws: Sequence[bytes], sample: Sequence[int]) -> int | None:

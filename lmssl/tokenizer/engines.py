@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import tempfile
 import threading
@@ -16,7 +17,7 @@ import tokenizers
 _BATCH_BYTES = 4 << 20
 _SMALL_BATCH = 16 << 10
 """Characters that one thread encodes sooner than several."""
-_MAX_GROWTH_BYTES = 96 << 20
+_MAX_GROWTH_BYTES = 48 << 20
 """By how much the process may grow while gigatoken encodes, before a fresh instance takes over."""
 
 _LOOK_BYTES = 2 << 20
@@ -72,8 +73,9 @@ class _Gigatoken:
         self._all_cores = all_cores
         self._lock = threading.Lock()
         self._process = psutil.Process()
-        self._num_bytes = self._began_bytes = 0
+        self._num_bytes = 0
         self._renew()
+        self._began_bytes = self._process.memory_info().rss
 
     def encode(self, raws: Sequence[bytes]) -> Encoded:
         if not raws:
@@ -84,6 +86,8 @@ class _Gigatoken:
                 self._num_bytes = 0
                 if self._process.memory_info().rss - self._began_bytes > _MAX_GROWTH_BYTES:
                     self._renew()
+                    _return_freed_memory()
+                    self._began_bytes = self._process.memory_info().rss
             backend = self._backend
         if not self._all_cores:
             arrays = [backend.encode(raw) for raw in raws]
@@ -96,9 +100,15 @@ class _Gigatoken:
     def _renew(self) -> None:
         import gigatoken
 
+        self._backend: Any = None  # the old one goes before the new one comes; calls under way keep theirs
         self._backend = gigatoken.Tokenizer.from_json(self._content)
-        self._num_bytes = 0
-        self._began_bytes = self._process.memory_info().rss
+
+
+def _return_freed_memory() -> None:
+    """Give the system what was freed; glibc keeps it, and the process would seem to grow and grow."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have none
+        trim(0)
 
 
 class _Tokie:

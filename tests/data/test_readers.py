@@ -177,3 +177,39 @@ def test_a_line_as_long_as_its_file_is_read_once(tmp_path: Path, monkeypatch: py
         tiles = [read(Format("text", document=document), path, a, b) for a, b in pairwise(ends)]
         assert [len(tile) for tile in tiles] == [1] + [0] * 63
         assert sum(num_bytes) < 3 * (8 << 20)  # the record, and each range once, in whole buffers
+
+
+def is_decodable(raw: bytes) -> bool:
+    try:
+        raw.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+BYTES = st.one_of(
+    st.binary(max_size=12),
+    st.text(max_size=6).map(str.encode),
+    # Surrogates, too long forms, beyond the last character, cut off.
+    st.sampled_from(
+        [b"\xed\xa0\x80", b"\xc0\x80", b"\xe0\x80\x80", b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80", b"\xe2\x82", b"\xff"]
+    ),
+)
+
+
+@given(st.lists(BYTES, max_size=6), st.sampled_from([0, 1, 7, 30]), st.sampled_from([b"a", "\u20ac".encode()]))
+def test_long_bytes_are_utf8_where_python_decodes_them(parts: list[bytes], place: int, filling: bytes) -> None:
+    raw = filling * place + b"".join(parts) + filling * 9000
+    assert readers.is_utf8(raw) == is_decodable(raw)
+    assert readers.is_utf8(b"".join(parts)) == is_decodable(b"".join(parts))
+    cut = filling * 9000 + b"".join(parts)
+    assert readers.is_utf8(cut) == is_decodable(cut)
+
+
+@given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b"some text"])), st.sampled_from([0, 10_000]))
+def test_line_ends_are_plain_whether_few_or_many(parts: list[bytes], before: int) -> None:
+    raw = b"x" * before + b"".join(parts)
+    assert readers.plain_ends(raw) == raw.replace(b"\r\n", b"\n")
+    assert (
+        readers.plain_ends(b"".join(parts) + b"x" * before) == b"".join(parts).replace(b"\r\n", b"\n") + b"x" * before
+    )

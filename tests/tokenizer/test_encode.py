@@ -199,9 +199,9 @@ def test_threads_share_an_encoder(byte_level: Tokenizer, monkeypatch: pytest.Mon
 
 @needs_gigatoken
 @pytest.mark.parametrize("all_cores", [False, True])
-def test_new_words_do_not_fill_the_memory(byte_level: Tokenizer, all_cores: bool) -> None:
+def test_new_words_do_not_fill_the_memory(folders: dict[str, Path], all_cores: bool) -> None:
     """Random words, none of which comes twice: kept, their 60 MB would take 450."""
-    encoder, process = Encoder(byte_level, all_cores=all_cores), psutil.Process()
+    encoder, process = Encoder(load_tokenizer(folders["bpe-gpt2"]), all_cores=all_cores), psutil.Process()
     draw = np.random.default_rng(1)
     before, most = process.memory_info().rss, 0
     for _ in range(30):
@@ -295,8 +295,17 @@ def test_without_a_report_it_is_a_warning(byte_level: Tokenizer, wrong: Wrong) -
 
 def test_samples_are_small_and_reach_every_document() -> None:
     pieces = [b"x" * 1000] * 100
-    samples = [encode._sample(pieces, call) for call in range(200)]
+    samples = [encode._sample(pieces, call, True) for call in range(200)]
     assert max(map(len, samples)) <= 5
     assert {i for sample in samples for i in sample} == set(range(100))
-    assert encode._sample([], 0) == set()
-    assert encode._sample([b"only"], 7) == {0}
+    assert encode._sample([], 0, True) == {}
+    assert encode._sample([b"only"], 7, True) == {0: [b"only"]}
+
+
+def test_texts_without_spaces_are_checked_where_there_are_no_others() -> None:
+    long, spaced = b"x" * 60_000, b"some words " * 6_000
+    for call in range(50):
+        assert encode._sample([long] * 3, call, True).popitem()[1] == [long]
+        found = encode._sample([long, spaced, long, spaced], call, True)
+        assert found.keys() <= {1, 3} and all(len(parts) == 3 and len(parts[1]) < 1100 for parts in found.values())
+        assert encode._sample([long, spaced], call, False).popitem()[1] in ([long], [spaced])
