@@ -1,4 +1,4 @@
-"""Checksums of files: sha256, which proves a copy against any change, and xxh128, which finds damage at once."""
+"""Checksums of files: sha256, which any tool can compare, and xxh128, which finds damage fast."""
 
 from __future__ import annotations
 
@@ -28,22 +28,21 @@ _BLOCK_BYTES = 2**20
 
 
 def fingerprint(path: Path, checksums: Collection[str] = tuple(CHECKSUMS)) -> dict[str, Any]:
-    """Size in bytes of a file, and its checksums by name."""
-    found: dict[str, Any] = {}
+    """Size in bytes of a file, and its checksums by name; reads it once."""
+    digests = {name: CHECKSUMS[name]() for name in checksums}
     with path.open("rb") as file:
-        for name in checksums:
-            file.seek(0)
-            digest = CHECKSUMS[name]()
-            while data := file.read(_BLOCK_BYTES):
+        while data := file.read(_BLOCK_BYTES):
+            for digest in digests.values():
                 digest.update(data)
-            found[name] = digest.hexdigest()
+        found = {name: digest.hexdigest() for name, digest in digests.items()}
         return {"size": os.fstat(file.fileno()).st_size, **found}
 
 
 def matches(path: Path, expected: Mapping[str, Any], *, thoroughly: bool = False) -> bool:
     """Whether a file is as a manifest says.
 
-    No accident gets past xxh128, and it costs a fortieth of sha256; manifests before format 3 have only sha256.
+    Damage gets past xxh128 once in 2^128 times, and it costs a fortieth of sha256; manifests before format 3 have only
+    sha256.
 
     Args:
         expected: its size and checksums by name.

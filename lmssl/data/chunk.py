@@ -117,10 +117,10 @@ def write_chunk(
     """Write everything behind `tokens.ds`, which is there; `meta.json` comes last.
 
     Args:
-        digest: of the bytes of `tokens.ds`, see `chunk_checksum`.
         fingerprint: the tokenizer's.
         ends: where each document ends in the tokens, shape [documents].
         rows: of `DOCUMENT_FIELDS`, shape [documents].
+        digest: of the bytes of `tokens.ds`; becomes that of the chunk, see `chunk_checksum`.
     """
     documents = io.BytesIO()
     np.save(documents, rows)

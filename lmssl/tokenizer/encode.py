@@ -19,8 +19,8 @@ from lmssl.tokenizer.split import can_cut, cut_out, cut_text
 
 _SAMPLE_BYTES = 1024
 _SAMPLE_SHARE = 4096
-_MAX_PASSED = 8
-"""Texts of which only a long piece could be checked, and which are passed over."""
+_MAX_PASSED, _PASSED_CALLS = 8, 16
+"""Texts of which only a long piece could be checked, and which are passed over, but in one call of so many."""
 _MAX_CHECKED_BYTES = 1 << 20
 """Longer pieces, which have no place to cut, are not checked: the reference takes many times their memory."""
 
@@ -220,9 +220,10 @@ def _spread(number: int) -> float:
 def _sample(raws: Sequence[bytes], salt: int, can_cut: bool) -> dict[int, list[bytes]]:
     """Documents to check, other ones in each call: each in parts, of which the middle one is checked.
 
-    All that is checked is about 1/4096 of the text. A text with no spaces to cut at gives a long part, which costs as
-    much as many short ones; a few such texts are passed over, if there are others.
+    All that is checked is about 1/4096 of the text. A text with no spaces to cut at, such as Chinese, gives a long
+    part, which costs as much as many short ones; so if there are others it has its turn in one call of 16.
     """
+    may_pass = _MAX_PASSED if salt % _PASSED_CALLS else 0
     budget = max(_SAMPLE_BYTES, sum(map(len, raws)) // _SAMPLE_SHARE)
     chosen: dict[int, list[bytes]] = {}
     passed: dict[int, list[bytes]] = {}
@@ -237,7 +238,7 @@ def _sample(raws: Sequence[bytes], salt: int, can_cut: bool) -> dict[int, list[b
         if can_cut and len(raw) > 4 * _SAMPLE_BYTES:
             parts = cut_out(raw, int(_spread(salt + i) * (len(raw) - 2 * _SAMPLE_BYTES)), _SAMPLE_BYTES)
         size = len(parts[len(parts) // 2])
-        if size > 4 * _SAMPLE_BYTES and len(passed) < _MAX_PASSED:
+        if size > 4 * _SAMPLE_BYTES and len(passed) < may_pass:
             passed[i] = parts
             continue
         chosen[i] = parts

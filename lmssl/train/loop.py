@@ -260,9 +260,8 @@ class Loop:
         state.overflow_steps += 1
         first, last = self._positions(step, step)
         self.session.report(f"step {step + 1} not made: its gradients overflow in float16; the loss scale is halved")
-        self._write(
-            {"kind": "guard", "step": step + 1, "action": "overflow", "reason": "float16", "positions": [first, last]}
-        )
+        row: Row = {"kind": "guard", "step": step + 1, "action": "overflow", "reason": "float16"}
+        self._write(row | {"positions": [first, last]})
 
     def _report_step(self, pending: _Pending, loss: float, norm: float, *, spike: bool, made: bool) -> None:
         """Say which step was out of line, and where its text stands."""
@@ -271,7 +270,7 @@ class Loop:
         what = (
             f"its loss {loss:.4g} or gradient norm {norm:.4g} is far above those before"
             if spike
-            else ("its loss or gradient is not finite")
+            else "its loss or gradient is not finite"
         )
         session.report(
             f"step {pending.step + 1} {'stands out' if made else 'skipped'}: {what}; positions {first} to {last}, "

@@ -101,7 +101,7 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict
         check=False,
     )
     if "No matching distribution" in done.stderr:
-        pytest.skip(f"{PREBUILT} has no wheel for this Python and machine")
+        pytest.skip(f"no wheel of {PREBUILT} for this Python and machine, or no index to ask: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     return [sys.executable, "-c", READ], dict(os.environ) | {"PYTHONPATH": str(folder)}
 
