@@ -38,7 +38,7 @@ from lmssl.shipped import find
 from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 from lmssl.tokenizer.offsets import surface_bytes
 from lmssl.train.launch import keep_memory
-from lmssl.train.precision import multiplies_bf16
+from lmssl.train.precision import bf16_is_faster
 
 ENTRANTS = ("targets only", "every position, in chunks", "every position at once")
 
@@ -119,7 +119,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inner", choices=ENTRANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="default: the results; with --tiny the record is printed")
     args = parser.parse_args(words)
-    args.precision = args.precision or ("bf16" if multiplies_bf16("cpu") else "fp32")
+    args.precision = args.precision or ("bf16" if bf16_is_faster("cpu") else "fp32")
     if args.tiny:
         without_compiling()
         args.repeats, args.steps, args.length, args.rows = 1, 3, 64, 2

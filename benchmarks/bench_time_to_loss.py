@@ -27,7 +27,7 @@ from typing import Any
 from entrants import BASELINE, PEERS, Peer, prepare, recipe_of, theirs, train_rows
 from record import place, run, without_compiling, write
 
-from lmssl.train.precision import multiplies_bf16
+from lmssl.train.precision import bf16_is_faster
 
 HELD_OUT_EVERY = 20
 COMPILE_FROM_SECONDS = 240
@@ -156,7 +156,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train all, judge all, append the record."""
     args = parse()
-    bf16 = ("--bf16",) if multiplies_bf16("cpu") else ()  # its best on this processor
+    bf16 = ("--bf16",) if bf16_is_faster("cpu") else ()  # its best on this processor
     way = f"Trainer, {'bf16' if bf16 else 'fp32'}, compiled"
     tuned_way = Peer("trainer.py", (*bf16, "--compile"), masked=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -31,7 +31,7 @@ from lmssl.finetune.run import Bench
 from lmssl.finetune.splits import Splits, labels_of
 from lmssl.finetune.start import open_start
 from lmssl.finetune.task import TaskFile
-from lmssl.train.precision import multiplies_bf16
+from lmssl.train.precision import bf16_is_faster
 
 RESULTS = HERE / "results" / "transfer.jsonl"
 STARTS = ("random", "pretrained")
@@ -218,7 +218,7 @@ def arguments() -> argparse.Namespace:
     args.shown = shown_command("bench_transfer.py", sys.argv[1:], corpora="CORPORA", work="WORK", results="RESULTS")
     args.work = args.work or Path("runs") / f"transfer-{args.objective}{'-tiny' if args.tiny else ''}"
     args.precision = args.precision or (
-        "bf16" if multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
+        "bf16" if bf16_is_faster("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
     )
     args.results = args.results or (args.work / RESULTS.name if args.tiny else RESULTS)
     if args.tiny:

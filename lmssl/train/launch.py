@@ -25,7 +25,7 @@ from lmssl.model.layers import layer_stacks
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
 from lmssl.train.launcher import require_meeting, same_on_all_ranks
-from lmssl.train.precision import multiplies_bf16
+from lmssl.train.precision import bf16_is_faster
 
 COMPILE_PAYS_FLOPS_PER_THREAD = 1e13
 """Training FLOPs per CPU thread from which compiling (20 to 60 s) is repaid; see docs/performance.md."""
@@ -92,7 +92,7 @@ def _precision_of(recipe: Recipe) -> str:
             return kept
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "y", "on", "t")
     device = None if wants_cpu else torch.accelerator.current_accelerator(check_available=True)
-    return "bf16" if multiplies_bf16("cpu" if device is None else device.type) else "fp32"
+    return "bf16" if bf16_is_faster("cpu" if device is None else device.type) else "fp32"
 
 
 def open_accelerator(recipe: Recipe, run: Path) -> Accelerator:

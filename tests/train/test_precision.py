@@ -15,7 +15,7 @@ from lmssl.recipe.load import load_recipe
 from lmssl.train import launch, precision
 from lmssl.train.branch import branch_recipe
 from lmssl.train.launch import with_precision
-from lmssl.train.precision import LossScale, check_precision, multiplies_bf16, require_float32
+from lmssl.train.precision import LossScale, bf16_is_faster, check_precision, require_float32
 from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
 
@@ -163,7 +163,9 @@ def test_weights_masters_and_states_must_be_float32() -> None:
     ("cpu_info", "answer"),
     [
         ("model name\t: Xeon\nflags\t\t: fpu avx512f avx512_vnni\n", False),
-        ("model name\t: bf16 in a name\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("vendor_id\t: GenuineIntel\nmodel name\t: bf16 in a name\nflags\t\t: fpu avx512f avx512_bf16\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n", True),
         ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
         ("Features\t: fp asimd sve svebf16 i8mm bf16\n", True),
         ("Features\t: fp asimd\n", False),
@@ -175,7 +177,7 @@ def test_the_processor_says_whether_it_multiplies_bfloat16(tmp_path: Path, cpu_i
     path = tmp_path / "cpuinfo"
     if cpu_info is not None:
         path.write_text(cpu_info, encoding="utf-8")
-    assert multiplies_bf16("cpu", cpu_info=path) is answer
+    assert bf16_is_faster("cpu", cpu_info=path) is answer
 
 
 def test_left_to_the_device_a_run_keeps_what_it_began_with(
@@ -183,10 +185,10 @@ def test_left_to_the_device_a_run_keeps_what_it_began_with(
 ) -> None:
     """Also on a machine that would choose otherwise, and where another run branches off."""
     stable = {"train.precision": "auto", "schedule": {"kind": "constant", "warmup_tokens": 1024}}
-    monkeypatch.setattr(launch, "multiplies_bf16", lambda _: True)
+    monkeypatch.setattr(launch, "bf16_is_faster", lambda _: True)
     path = run(tmp_path, text_folder, "run", steps=3, **stable)
     assert load_recipe(path / "recipe.yaml").recipe.train.precision == "bf16"
-    monkeypatch.setattr(launch, "multiplies_bf16", lambda _: False)
+    monkeypatch.setattr(launch, "bf16_is_faster", lambda _: False)
     run(tmp_path, text_folder, "run", steps=6, **stable)
     bf16 = run(tmp_path, text_folder, "bf16", steps=6, **{**stable, "train.precision": "bf16"})
     fp32 = run(tmp_path, text_folder, "fp32", steps=6, **stable)
