@@ -18,7 +18,8 @@ _BATCH_BYTES = 4 << 20
 _SMALL_BATCH = 16 << 10
 """Characters that one thread encodes sooner than several."""
 _MAX_GROWTH_BYTES = 48 << 20
-"""By how much the process may grow while gigatoken encodes, before a fresh instance takes over."""
+"""By how much the process may grow while gigatoken encodes, before a fresh instance takes over. Where it encodes on all
+cores it may grow by twice as much, as its threads have several chunks of text in work, which come and go."""
 
 _LOOK_BYTES = 2 << 20
 """Text between two looks at that."""
@@ -71,6 +72,7 @@ class _Gigatoken:
     def __init__(self, content: str, all_cores: bool) -> None:
         self._content = content
         self._all_cores = all_cores
+        self._max_growth_bytes = _MAX_GROWTH_BYTES * (2 if all_cores else 1)
         self._lock = threading.Lock()
         self._process = psutil.Process()
         self._num_bytes = 0
@@ -84,7 +86,7 @@ class _Gigatoken:
             self._num_bytes += sum(map(len, raws))
             if self._num_bytes > _LOOK_BYTES:
                 self._num_bytes = 0
-                if self._process.memory_info().rss - self._began_bytes > _MAX_GROWTH_BYTES:
+                if self._process.memory_info().rss - self._began_bytes > self._max_growth_bytes:
                     self._renew()
                     _return_freed_memory()
                     self._began_bytes = self._process.memory_info().rss
