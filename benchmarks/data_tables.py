@@ -16,7 +16,7 @@ def data(record: dict[str, Any]) -> str:
     """Corpus to packed sequences on disk; ratios are taken round by round."""
     text, count = record["text"], record["processes"]
     lines = [
-        f"## Data, {record['tokenizer']}\n",
+        f"## Data, {record['tokenizer']}, {text['name'].partition('.')[0]}\n",
         f"Corpus -> sequences of {record['sequence_length']:,} tokens on disk: {text['name']}, "
         f"{text['bytes'] / 1e6:,.0f} MB of text (sha256 {text['sha256']}); {count} processes or threads; imports "
         "are not counted, starting workers and loading the tokenizer are. Reading: sequences at random places from a "

@@ -240,6 +240,12 @@ TABLES = {
 }
 
 
+def _subject(record: dict[str, Any]) -> str:
+    """What a newer record of the same replaces; preparing books says nothing of preparing source code."""
+    name: str = record["benchmark"]
+    return f"{name}, {record['text']['name']}" if name.startswith("data,") else name
+
+
 def main() -> None:
     """Write the newest record of every benchmark as a table."""
     newest: dict[str, dict[str, Any]] = {}
@@ -255,7 +261,7 @@ def main() -> None:
             elif record["benchmark"] == "transfer":
                 transfers.setdefault(record["objective"], []).append(record)
             else:
-                newest[record["benchmark"]] = record
+                newest[_subject(record)] = record
     head = (
         "# Benchmarks\n\nMade by `python benchmarks/report.py` from `benchmarks/results/`. Medians, with minimum and "
         "maximum in brackets. Ratios are to the first baseline, round by round, because machines drift.\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import zlib
 from typing import Any, BinaryIO
 
@@ -42,9 +41,10 @@ class _GzipFile(gzip.GzipFile):
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(fileobj=file, mode="rb")
         self._file = file
-        if not os.fstat(file.fileno()).st_size:
+        if not file.read(1):
             self.close()
             raise EOFError("the file is empty")
+        file.seek(0)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,8 +1,8 @@
-"""Corpora on S3 and the like: listed at the start, downloaded when they are read, kept in a folder of bounded size.
+"""Corpora on S3 and the like: listed at the start, downloaded block by block, kept in a folder of bounded size.
 
-A `RemotePath` is the URL of a file as a string that knows the folder. A download goes on where it stopped, is renamed
-when it is whole, and carries the version of the source in its name. Files that were not read for the longest time make
-room; an open file holds a lock, and locked files stay.
+A `RemotePath` is the URL of a file as a string that knows the folder. A block carries file, version and place in its
+name and is renamed when it is whole, so a file may be larger than the folder, and who needs a part of it downloads that
+part. Blocks that were not read for the longest time make room; an open one holds a lock, and locked ones stay.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import tenacity
 
+from lmssl.data.remote_errors import explained, is_passing, unmasked
 from lmssl.errors import DataError
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp"}
 """Schemes, and the package that reads each."""
 
 _BLOCK_BYTES = 8 << 20
+_BUFFER_BYTES = 1 << 20
 _GIVE_UP_SECONDS = 300.0
 _LONGEST_WAIT_SECONDS = 60.0
-_REFUSED = (FileNotFoundError, PermissionError, ImportError, TypeError, ValueError, DataError)
-_NO_ACCESS = ("NoCredentialsError", "CredentialRetrievalError")
 _VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
 Result = TypeVar("Result")
 
@@ -64,13 +64,13 @@ class RemoteFiles:
 
     folder: Path
     max_bytes: int
-    """Downloads together; more than the largest file."""
+    """Downloads together; more than a block of each process that reads."""
     give_up_seconds: float = _GIVE_UP_SECONDS
     """How long one request is tried again."""
     first_wait_seconds: float = 1.0
     """Before the second attempt; doubles from there, up to a minute."""
     block_bytes: int = _BLOCK_BYTES
-    """Asked for at a time."""
+    """Asked for at a time, and kept or removed together."""
 
     def list_files(self, url: str, is_wanted: Callable[[str], bool]) -> list[RemotePath]:
         """The files behind a URL, a pattern, or a folder, sorted; of a folder those that are wanted.
@@ -93,10 +93,10 @@ class RemoteFiles:
         Raises:
             DataError: see `list_files`.
         """
-        if self._place(path).exists():
+        if self._place(path, 0).exists():
             with self.open(path) as file:
                 return file.read(num_bytes)
-        return self._block(path, 0, min(num_bytes, path.num_bytes))
+        return self._fetch(path, 0, min(num_bytes, path.num_bytes))
 
     def open_ranges(self, path: RemotePath) -> BinaryIO:
         """Open a file of which little is read, such as a footer: what is asked for is asked of the server.
@@ -104,42 +104,62 @@ class RemoteFiles:
         Raises:
             DataError: see `list_files`; also while it is read.
         """
-        return self.open(path) if self._place(path).exists() else cast(BinaryIO, _Ranges(path))
+        last = max(0, path.num_bytes - 1) // self.block_bytes
+        return self.open(path) if self._place(path, last).exists() else cast(BinaryIO, _Ranges(path))
 
     def open(self, path: RemotePath) -> BinaryIO:
-        """Open the download of a file for reading, after downloading it if need be.
+        """Open a file for reading; blocks of it that are not there are downloaded when they are read.
 
         Raises:
-            DataError: the file changed since it was listed, it is larger than the folder may be, or see `list_files`.
+            DataError: while it is read: the file changed since it was listed, a block is larger than the folder may
+                be, or see `list_files`.
         """
-        place = self._place(path)
+        return io.BufferedReader(_Blocks(path), _BUFFER_BYTES)
+
+    def open_block(self, path: RemotePath, number: int) -> BinaryIO:
+        """Open a block of a file, after downloading it if need be.
+
+        Raises:
+            DataError: see `open`.
+        """
+        place, start = self._place(path, number), number * self.block_bytes
+        stop = min(start + self.block_bytes, path.num_bytes)
         while True:
             try:
-                file = place.open("rb", buffering=1 << 20)
+                file = place.open("rb", buffering=0)
             except FileNotFoundError:
-                self._download(path, place)
+                self._download(path, start, stop, place)
                 continue
             fcntl.flock(file, fcntl.LOCK_SH)  # until it is closed; see `_make_room`
-            if os.fstat(file.fileno()).st_nlink:
+            status = os.fstat(file.fileno())
+            if status.st_nlink and status.st_size == stop - start:
                 os.utime(place)
-                return file
-            file.close()  # removed between opening and locking
+                return cast(BinaryIO, file)
+            file.close()  # removed between opening and locking, or cut short by something else
+            if status.st_nlink:
+                place.unlink(missing_ok=True)
 
-    def _place(self, path: RemotePath) -> Path:
-        key = hashlib.blake2b(f"{path}\n{path.version}".encode(), digest_size=16).hexdigest()
+    def _place(self, path: RemotePath, number: int) -> Path:
+        what = f"{path}\n{path.version}\n{self.block_bytes}\n{number}"
+        key = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
         return self.folder / f"{key}-{os.path.basename(path)}"
 
-    def _download(self, path: RemotePath, place: Path) -> None:
+    def _download(self, path: RemotePath, start: int, stop: int, place: Path) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(place.with_name(f".lock-{place.name[:2]}")):
                 if place.exists():  # another process was faster
                     return
-                partial = place.with_name(f".part-{place.name}")
-                self._make_room(path.num_bytes, keep=partial)
                 self._check_version(path)
-                self._fetch(path, partial)
-                self._check_version(path)  # or its parts might belong to two versions
+                raw = self._fetch(path, start, stop)
+                self._check_version(path)  # or the block might belong to another version
+                partial = place.with_name(f".part-{place.name}")
+                self._make_room(len(raw), keep=partial)
+                with partial.open("wb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # or another download might make room with it
+                    file.write(raw)
+                    file.flush()
+                    os.fsync(file.fileno())
                 partial.rename(place)
         except OSError as error:
             raise DataError(
@@ -148,17 +168,7 @@ class RemoteFiles:
                 remedy="free space or fix permissions there, or set data.cache to another folder",
             ) from error
 
-    def _fetch(self, path: RemotePath, partial: Path) -> None:
-        with partial.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # or another download might make room with it
-            if file.tell() > path.num_bytes:
-                file.truncate(0)
-            while (done := file.tell()) < path.num_bytes:
-                file.write(self._block(path, done, min(done + self.block_bytes, path.num_bytes)))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _block(self, path: RemotePath, start: int, stop: int) -> bytes:
+    def _fetch(self, path: RemotePath, start: int, stop: int) -> bytes:
         def read() -> bytes:
             raw: bytes = _file_system(path).cat_file(path, start=start, end=stop)
             if len(raw) == path.num_bytes:
@@ -193,19 +203,19 @@ class RemoteFiles:
                 excess -= sizes[path].st_size
         if excess > 0:
             raise DataError(
-                f"a download of {num_bytes:,} bytes does not fit: {excess:,} bytes too many beside files in use",
+                f"a download of {num_bytes:,} bytes does not fit: {excess:,} bytes too many beside those in use",
                 where=str(self.folder),
-                remedy=f"raise data.remote_cache_bytes, now {self.max_bytes:,}, or cut the corpus into smaller files",
+                remedy=f"raise data.remote_cache_bytes, now {self.max_bytes:,}",
             )
 
     def _retried(self, url: str, attempt: Callable[[], Result]) -> Result:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self.give_up_seconds),
             wait=tenacity.wait_exponential(self.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
-            retry=tenacity.retry_if_exception(_is_passing),
+            retry=tenacity.retry_if_exception(is_passing),
         )
-        with _explained(url, self.give_up_seconds):
-            result: Result = retrying(_unmasked, url, attempt)
+        with explained(url, self.give_up_seconds):
+            result: Result = retrying(unmasked, url, attempt)
             return result
 
     @contextmanager
@@ -216,7 +226,7 @@ class RemoteFiles:
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file that is not downloaded."""
+    """A remote file as a stream that asks the server for what is read, and keeps nothing."""
 
     def __init__(self, path: RemotePath) -> None:
         self._path = path
@@ -240,14 +250,45 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer; 0 at the end."""
+        """Fill the buffer, or begin to; 0 at the end."""
         stop = min(self._at + len(buffer), self._path.num_bytes)
         if stop <= self._at:
             return 0
-        raw = self._path.files._block(self._path, self._at, stop)
+        raw = self._some(self._at, stop)
         buffer[: len(raw)] = raw
-        self._at = stop
+        self._at += len(raw)
         return len(raw)
+
+    def _some(self, start: int, stop: int) -> bytes:
+        return self._path.files._fetch(self._path, start, stop)
+
+
+class _Blocks(_Ranges):
+    """A remote file whose blocks are downloaded as they are read; it holds the lock of one at a time."""
+
+    def __init__(self, path: RemotePath) -> None:
+        super().__init__(path)
+        self._number = -1
+        self._block: BinaryIO | None = None
+
+    def close(self) -> None:
+        """Close the block."""
+        if self._block is not None:
+            self._block.close()
+        super().close()
+
+    def _some(self, start: int, stop: int) -> bytes:
+        number, offset = divmod(start, self._path.files.block_bytes)
+        if self._block is None or number != self._number:
+            if self._block is not None:
+                self._block.close()
+                self._block = None
+            self._block, self._number = self._path.files.open_block(self._path, number), number
+        self._block.seek(offset)
+        raw = self._block.read(stop - start)
+        if not raw:
+            raise OSError(f"a download was cut short while it was read: {self._block.name}")
+        return raw
 
 
 def is_remote(path: str) -> bool:
@@ -307,77 +348,6 @@ def _version(info: dict[str, Any]) -> str:
     """Size and what else tells two versions of a file apart, as `records.file_version` puts it."""
     mark = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
     return f"{info.get('size')}.{mark.strip(chr(34))}"
-
-
-def _unmasked(url: str, attempt: Callable[[], Result]) -> Result:
-    """Try; the file system for the web says of whatever fails while it looks at a file that the file is not there."""
-    try:
-        return attempt()
-    except FileNotFoundError as error:
-        cause = error.__cause__
-        if url.startswith("http") and isinstance(cause, Exception) and _status(cause) not in (404, 410):
-            raise cause from None
-        raise
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Whether trying again may help."""
-    if not isinstance(error, Exception) or isinstance(error, _REFUSED) or _is_refusal(error):
-        return False
-    status = _status(error)
-    return status is None or not 400 <= status < 500 or status in (408, 429)
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, PermissionError) or type(error).__name__ in _NO_ACCESS or _status(error) in (401, 403)
-
-
-def _status(error: BaseException) -> int | None:
-    """What a server answered, under the names that the file systems' libraries give it."""
-    response = getattr(error, "response", None)
-    for holder, name in (
-        (error, "status"),
-        (response, "status_code"),
-        (error, "code"),
-    ):  # `code` warns where `status` is
-        status = getattr(holder, name, None)
-        if isinstance(status, int):
-            return status
-    return None
-
-
-@contextmanager
-def _explained(url: str, give_up_seconds: float) -> Iterator[None]:
-    """Turn what file systems raise into errors that say what to do."""
-    try:
-        yield
-    except tenacity.RetryError as error:
-        last = error.last_attempt
-        raise DataError(
-            f"gave up after {last.attempt_number} attempts in {give_up_seconds:g} seconds: {_said(last.exception())}",
-            where=url,
-            remedy="check the network and the server; the same command goes on where the download stopped",
-        ) from error
-    except FileNotFoundError as error:
-        raise DataError(
-            "there is no such file or bucket, or the pattern matches nothing",
-            where=url,
-            remedy="check the spelling and, for another server than the provider's, its endpoint",
-        ) from error
-    except DataError:
-        raise
-    except Exception as error:
-        if _is_refusal(error):
-            raise DataError(
-                f"access is denied: {_said(error)}", where=url, remedy="check the credentials and their rights"
-            ) from error
-        raise DataError(
-            f"the file cannot be read: {_said(error)}", where=url, remedy="check the address and the server"
-        ) from error
-
-
-def _said(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _remove_unused(path: Path) -> bool:

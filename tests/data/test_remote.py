@@ -6,8 +6,9 @@ import pickle
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from lmssl.data import remote as module
 from lmssl.data.parquet_files import list_row_groups, read_rows, row_starts
 from lmssl.data.records import Format, Record
 from lmssl.data.remote import RemoteFiles, RemotePath, check_scheme
+from lmssl.data.remote_errors import is_passing
 from lmssl.errors import DataError
 from lmssl.recipe.data import JsonlCorpus, ParquetCorpus, TextCorpus
 
@@ -123,7 +125,6 @@ def proxy(s3_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
 @pytest.fixture
 def put(proxy: Proxy) -> Callable[[str, bytes], str]:
     """`put("bucket/name", content)`: an object, as its URL."""
-
     import boto3
 
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{proxy.port}", region_name="us-east-1")
@@ -178,8 +179,27 @@ def test_a_file_is_downloaded_once(put: Any, files: RemoteFiles, proxy: Proxy) -
     assert read(path) == RAW
     assert ranges(proxy) == ["bytes=0-99999", "bytes=100000-199999", "bytes=200000-299999"]
     assert read(path) == RAW and len(ranges(proxy)) == 3
-    (kept,) = [found for found in files.folder.iterdir() if not found.name.startswith(".lock")]
-    assert kept.name.endswith("-a.txt")
+    kept = [found for found in files.folder.iterdir() if not found.name.startswith(".lock")]
+    assert [found.name.endswith("-a.txt") for found in kept] == [True] * 3
+
+
+def test_a_part_of_a_file_takes_the_blocks_it_lies_in(put: Any, files: RemoteFiles, proxy: Proxy) -> None:
+    path = one(files, put("parts/a", RAW))
+    with files.open(path) as file:
+        file.seek(250_000)
+        assert file.read(20) == RAW[250_000:250_020]
+        assert ranges(proxy) == ["bytes=200000-299999"]
+        file.seek(90_000)
+        assert file.read(20_000) == RAW[90_000:110_000]
+    assert ranges(proxy)[1:] == ["bytes=0-99999", "bytes=100000-199999"]
+
+
+def test_a_download_that_was_cut_short_is_made_again(put: Any, files: RemoteFiles, proxy: Proxy) -> None:
+    path = one(files, put("short/a", RAW))
+    assert read(path) == RAW
+    with files._place(path, 1).open("r+b") as file:
+        file.truncate(40_000)
+    assert read(path) == RAW and ranges(proxy)[3:] == ["bytes=100000-199999"]
 
 
 def test_failures_of_the_server_are_outlived(put: Any, files: RemoteFiles, proxy: Proxy) -> None:
@@ -237,30 +257,38 @@ def test_listing_parquet_files_fetches_their_ends_alone(
     list_row_groups(other, "text")
     firsts = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges(proxy)]
     assert firsts and min(firsts) >= size - 70_000 and not files.folder.exists()
+    before = len(ranges(proxy))
     records = list(read_rows(Format("parquet", field="text"), groups[3][0]))
     assert [record.text for record in records if isinstance(record, Record)] == table["text"].to_pylist()[1500:]
+    firsts = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges(proxy)[before:]]
+    assert firsts and min(firsts) >= size * 3 // 4 - 100_000, "a row group is downloaded, not the file"
     before = len(ranges(proxy))
     assert list_row_groups(path, "text") == groups and len(ranges(proxy)) == before, "it is downloaded now"
 
 
-def test_the_file_read_longest_ago_makes_room_and_open_ones_stay(put: Any, files: RemoteFiles) -> None:
+def test_the_block_read_longest_ago_makes_room_and_open_ones_stay(put: Any, files: RemoteFiles) -> None:
+    files = replace(files, block_bytes=300_000)
     paths = [one(files, put(f"many/{name}", name.encode() * 300_000)) for name in "abcd"]
     for number, path in enumerate(paths[:3]):
         read(path)
-        os.utime(files._place(path), ns=(number, number))
+        os.utime(files._place(path, 0), ns=(number, number))
     with files.open(paths[0]) as held:  # the one used longest ago, in use again
-        os.utime(files._place(paths[0]), ns=(0, 0))
+        assert held.read(1) == b"a"
+        os.utime(files._place(paths[0], 0), ns=(0, 0))
         read(paths[3])
-        assert [files._place(path).exists() for path in paths] == [True, False, True, True]
-        assert held.read() == b"a" * 300_000
+        assert [files._place(path, 0).exists() for path in paths] == [True, False, True, True]
+        assert held.read() == b"a" * 299_999
     total = sum(path.stat().st_size for path in files.folder.iterdir())
     assert total <= files.max_bytes
 
 
 def test_a_file_larger_than_the_folder(put: Any, files: RemoteFiles) -> None:
-    small = RemoteFiles(files.folder, 200_000)
-    with pytest.raises(DataError, match="does not fit: 100,000 bytes too many") as caught:
-        read(one(small, put("large/a", RAW)))
+    small = replace(files, max_bytes=200_000)
+    assert read(one(small, put("large/a", RAW))) == RAW
+    assert sum(path.stat().st_size for path in files.folder.iterdir()) == 200_000
+    smaller = replace(files, max_bytes=50_000)
+    with pytest.raises(DataError, match="does not fit: 50,000 bytes too many") as caught:
+        read(one(smaller, put("larger/a", RAW)))
     assert "data.remote_cache_bytes" in str(caught.value)
 
 
@@ -280,7 +308,7 @@ def test_what_is_tried_again(fields: dict[str, Any], passing: bool) -> None:
     error = OSError("of some library")
     for name, value in fields.items():
         setattr(error, name, value)
-    assert module._is_passing(error) is passing
+    assert is_passing(error) is passing
 
 
 def test_a_full_disk_is_not_the_servers_fault(put: Any, files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,31 +336,6 @@ def test_denied_access_is_not_tried_again(put: Any, files: RemoteFiles, proxy: P
     with pytest.raises(DataError, match="access is denied"):
         read(path)
     assert len(proxy.faults) == 4
-
-
-def test_a_web_server_that_does_not_know_ranges(files: RemoteFiles, tmp_path: Path) -> None:
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "a.txt").write_bytes(RAW)
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0),
-        lambda *args: _Quiet(*args, directory=str(tmp_path / "web")),  # type: ignore[arg-type]
-    )
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        assert read(one(files, f"{url}/a.txt")) == RAW
-        with pytest.raises(DataError, match="no such file or bucket"):
-            files.list_files(f"{url}/b.txt", lambda name: True)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Not on the terminal."""
 
 
 @pytest.mark.parametrize(

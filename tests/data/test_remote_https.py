@@ -109,6 +109,27 @@ def test_a_server_that_fails_while_files_are_listed(tmp_path: Path, failures: in
         thread.join()
 
 
+def test_a_web_server_that_does_not_know_ranges(tmp_path: Path) -> None:
+    content = b"0123456789" * 30_000
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.txt").write_bytes(content)
+    server = _Server(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "web")))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    files = RemoteFiles(tmp_path / "remote", 10**6, give_up_seconds=3, first_wait_seconds=0.01, block_bytes=100_000)
+    try:
+        (path,) = files.list_files(f"{url}/a.txt", lambda name: True)
+        with files.open(path) as file:
+            assert file.read() == content
+        with pytest.raises(DataError, match="no such file or bucket"):
+            files.list_files(f"{url}/b.txt", lambda name: True)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @pytest.mark.slow
 def test_files_of_a_server_that_is_trusted(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
