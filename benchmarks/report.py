@@ -241,9 +241,11 @@ TABLES = {
 
 
 def _subject(record: dict[str, Any]) -> str:
-    """What a newer record of the same replaces; preparing books says nothing of preparing source code."""
+    """What a newer record of the same replaces; a processor that trains in float32 says nothing of one with bf16."""
     name: str = record["benchmark"]
-    return f"{name}, {record['text']['name']}" if name.startswith("data,") else name
+    if name.startswith("data,"):
+        return f"{name}, {record['text']['name']}"
+    return f"{name}, {speed_tables.precision(record)}" if name.startswith("train") else name
 
 
 def main() -> None:

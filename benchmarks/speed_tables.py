@@ -7,13 +7,18 @@ from typing import Any
 from cells import spread, where
 
 
+def precision(record: dict[str, Any]) -> str:
+    """Of a record of training; before they said it, all were in bf16."""
+    return str(record.get("precision", "bf16"))
+
+
 def train(record: dict[str, Any]) -> str:
     """Training rates, median over rounds with the range; ratios are taken round by round."""
     rate = record.get("rate")
     masked = "" if rate is None else f", {rate:.0%} of them masked"
     batch = f"{record['rows']} sequences of {record['sequence_length']} tokens a step"
     lines = [
-        f"## Training, {'causal' if rate is None else 'masked'}, CPU\n",
+        f"## Training, {'causal' if rate is None else 'masked'}, CPU, {precision(record)}\n",
         f"{_shape(record)}; {batch}{masked}; {record['steps']} steps, "
         f"the first {record['warmup']} not counted; same text (python_docs), tokenizer and threads, processes in "
         f"turn. Ratio: to {record['entrants'][1]['name']}.\n",
