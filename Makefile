@@ -66,6 +66,7 @@ bench-cpu: install
 	-"$(BIN)/python" benchmarks/bench_train.py --objective masked --length 128 --rows 32 $(BENCH)
 	-"$(BIN)/python" benchmarks/bench_limit.py $(BENCH)
 	-"$(BIN)/python" benchmarks/bench_limit.py --objective masked --length 128 --rows 32 $(BENCH)
+	-"$(BIN)/python" benchmarks/bench_attention.py $(BENCH)
 	-"$(BIN)/python" benchmarks/bench_memory.py $(BENCH)
 	-"$(BIN)/python" benchmarks/bench_scaling.py $(BENCH)
 	-"$(BIN)/python" benchmarks/bench_time_to_loss.py $(BENCH)

@@ -225,6 +225,7 @@ def parity(record: dict[str, Any]) -> str:
 TABLES = {
     "train": speed_tables.train,
     "limit": speed_tables.limit,
+    "attention": speed_tables.attention,
     "memory": speed_tables.memory,
     "time_to_loss": speed_tables.time_to_loss,
     "scaling": speed_tables.scaling,

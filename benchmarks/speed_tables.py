@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from cells import spread, where
@@ -144,4 +145,26 @@ def scaling(record: dict[str, Any]) -> str:
         calls = ", ".join(f"{count} {name}" for name, count in row["calls"].items())
         sizes = f"{row['total_bytes'] / 1e6:,.2f} | {row['least_bytes'] / 1e6:,.2f}"
         lines.append(f"| {row['backend']} | {sizes} | {row['ratio']:.3f} | {calls} |")
+    return "\n".join([*lines, "", where(record)])
+
+
+def attention(record: dict[str, Any]) -> str:
+    """Milliseconds of a layer's attention by length and way."""
+    names = list(record["rows"][0]["seconds"])
+    lines = [
+        "## Document attention by length, CPU\n",
+        f"One layer, {record['heads']} heads of {record['head']}, {record['dtype']}, {record['tokens']:,} tokens, "
+        "forward and backward, milliseconds; documents of log-normal lengths. Runs go by the loop from "
+        f"{record['loop_from_tokens']:,} tokens a sequence on, below it by products, or by the kernel where they are "
+        "not compiled.\n",
+        f"| attention | mean document | sequence | {' | '.join(names)} | fastest |",
+        f"| --- | --- | --- | {'--- | ' * len(names)}--- |",
+    ]
+    for row in record["rows"]:
+        cells = [spread([second * 1e3 for second in row["seconds"][name]], ".1f") for name in names]
+        fastest = min(names, key=lambda name: statistics.median(row["seconds"][name]))
+        lines.append(
+            f"| {'causal' if row['causal'] else 'both ways'} | {row['mean']:,.0f} | {row['length']:,} "
+            f"| {' | '.join(cells)} | {fastest} |"
+        )
     return "\n".join([*lines, "", where(record)])
