@@ -1,11 +1,11 @@
 """Document attention on CPU by the length of sequences: by products under a mask, by torch's kernel, and by a loop.
 
-    python benchmarks/bench_attention.py [--lengths 256 512 1024 2048 4096] [--tokens 4096] [--tiny]
+    python benchmarks/bench_attention.py [--lengths 512 1024 2048] [--tokens 4096] [--tiny]
 
 One layer's attention, forward and backward, on so many tokens of documents of log-normal lengths. The three ways are
-those that `model/attention.py` chooses from: compiled products under a mask (what a compiled run does below
-`LOOP_FROM_TOKENS`), torch's kernel under the same mask (one that is not compiled), and documents one by one (both, from
-there on). They take turns in one process, A B C A B C. Results are appended to benchmarks/results/attention.jsonl.
+those that `model/attention.py` chooses from: compiled products under a mask, torch's kernel under the same mask (where
+nothing is compiled), and documents one by one. They take turns in one process, A B C A B C. Results are appended to
+benchmarks/results/attention.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from record import place, write
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmssl.model.attention import LOOP_FROM_TOKENS, _document_mask, _loop
+from lmssl.model.attention import _document_mask, _loop, loop_from_tokens
 from lmssl.model.products import products_attention
 from lmssl.train.launch import keep_memory
 
@@ -56,6 +56,7 @@ def ways(segments: Tensor, head: int, causal: bool) -> dict[str, Callable[[Tenso
 
 def measure(length: int, mean: float, causal: bool, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each way, forward and backward."""
+    torch._dynamo.reset()  # it compiles for eight shapes at most, and then no longer
     rows = max(1, args.tokens // length)
     segments, dtype = segments_of(rows, length, mean), getattr(torch, args.dtype)
     shape = (rows, args.heads, length, args.head)
@@ -100,7 +101,7 @@ def main() -> None:
         place(args, "attention"),
         "attention",
         "bench_attention.py",
-        loop_from_tokens=LOOP_FROM_TOKENS,
+        loop_from_tokens={"causal": loop_from_tokens(causal=True), "both ways": loop_from_tokens(causal=False)},
         dtype=args.dtype,
         tokens=args.tokens,
         heads=args.heads,

@@ -29,7 +29,7 @@ from record import inner, place, without_compiling, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmssl.model.attention import LOOP_FROM_TOKENS
+from lmssl.model.attention import loop_from_tokens
 from lmssl.model.products import _blocks
 from lmssl.objective.base import SumObjective
 from lmssl.recipe.load import load_recipe
@@ -183,8 +183,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inner", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="default: the results; with --tiny the record is printed")
     args = parser.parse_args()
-    if args.length >= LOOP_FROM_TOKENS:
-        parser.error(f"from {LOOP_FROM_TOKENS} tokens on attention goes by documents, which this does not time")
+    if args.length >= (most := loop_from_tokens(causal=args.objective == "causal")):
+        parser.error(f"from {most} tokens on attention goes by documents, which this does not time")
     if args.tiny:
         without_compiling()
         args.repeats, args.times, args.steps, args.warmup, args.length, args.rows = 1, 2, 4, 2, 64, 4
