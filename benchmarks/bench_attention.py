@@ -101,7 +101,7 @@ def main() -> None:
         place(args, "attention"),
         "attention",
         "bench_attention.py",
-        loop_from_tokens={"causal": loop_from_tokens(causal=True), "both ways": loop_from_tokens(causal=False)},
+        loop_from_tokens=loop_from_tokens(),
         dtype=args.dtype,
         tokens=args.tokens,
         heads=args.heads,

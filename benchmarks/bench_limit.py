@@ -183,8 +183,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inner", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="default: the results; with --tiny the record is printed")
     args = parser.parse_args()
-    if args.length >= (most := loop_from_tokens(causal=args.objective == "causal")):
-        parser.error(f"from {most} tokens on attention goes by documents, which this does not time")
+    if args.length >= loop_from_tokens():
+        parser.error(f"from {loop_from_tokens()} tokens on attention goes by documents, which this does not time")
     if args.tiny:
         without_compiling()
         args.repeats, args.times, args.steps, args.warmup, args.length, args.rows = 1, 2, 4, 2, 64, 4

@@ -155,8 +155,7 @@ def attention(record: dict[str, Any]) -> str:
         "## Document attention by length, CPU\n",
         f"One layer, {record['heads']} heads of {record['head']}, {record['dtype']}, {record['tokens']:,} tokens, "
         "forward and backward, milliseconds; documents of log-normal lengths. Runs in this type go by the loop from "
-        f"{record['loop_from_tokens']['causal']:,} tokens a sequence on where attention is causal, else from "
-        f"{record['loop_from_tokens']['both ways']:,}.\n",
+        f"{record['loop_from_tokens']:,} tokens a sequence on.\n",
         f"| attention | mean document | sequence | {' | '.join(names)} | fastest |",
         f"| --- | --- | --- | {'--- | ' * len(names)}--- |",
     ]

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from lmssl.model.products import products_attention
 from lmssl.model.varlen import can_attend, varlen_attention
 
-LOOP_FROM_TOKENS = 512
-"""The least length from which on documents are looped over on CPU, see `loop_from_tokens`."""
+LOOP_FROM_TOKENS = 1024
+"""From this length on documents are looped over on CPU, in float32; see `loop_from_tokens`."""
 WINDOW_QUERIES = 256
 """Queries of a windowed document that meet their keys at once; fewer do less work in vain, in more calls."""
 
@@ -56,21 +56,18 @@ def document_kwargs(
     if documents and starts_K is not None and torch.is_autocast_enabled(segments_BT.device.type):
         found = {"document_mask": None, "document_segments": segments_BT, "document_causal": causal}
         return {**found, "document_starts": starts_K, **cross}
-    if segments_BT.device.type == "cpu" and length >= loop_from_tokens(causal=causal):
+    if segments_BT.device.type == "cpu" and length >= loop_from_tokens():
         return {"document_mask": None, "document_segments": segments_BT, "document_causal": causal, **cross}
     mask = _document_mask(segments_BT, causal)
     return {"document_mask": mask, "document_segments": None, "document_causal": causal, **cross}
 
 
-def loop_from_tokens(*, causal: bool) -> int:
+def loop_from_tokens() -> int:
     """From which length on documents are looped over on CPU, as `benchmarks/bench_attention.py` measures it in float32.
 
-    A causal mask spares products work that it does not spare the loop. Under autocast AMX makes products quicker; where
-    between 512 and 2,048 the two meet then, was not measured.
+    Under autocast AMX makes products quicker; where between 512 and 2,048 the two meet then, was not measured.
     """
-    if torch.is_autocast_enabled("cpu"):
-        return 3 * LOOP_FROM_TOKENS
-    return 2 * LOOP_FROM_TOKENS if causal else LOOP_FROM_TOKENS
+    return LOOP_FROM_TOKENS * 3 // 2 if torch.is_autocast_enabled("cpu") else LOOP_FROM_TOKENS
 
 
 def _document_mask(segments_BT: Tensor, causal: bool) -> Tensor:
@@ -143,18 +140,13 @@ def document_attention(
         mask = _windowed(mask, causal, length, window, query_BHTD.device)
     if position_bias is not None:
         mask, causal = _biased(mask, causal, position_bias), False
-    elif mask is not None and on_cpu and torch.compiler.is_compiling() and not dropout_p and _products_win(causal):
+    elif mask is not None and on_cpu and torch.compiler.is_compiling() and not dropout_p:
         qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
         return products_attention(*qkv, mask, causal=causal, scale=scale).transpose(1, 2), None
     out_BHTD = F.scaled_dot_product_attention(
         query_BHTD, key_BGTD, value_BGTD, mask, dropout_p, is_causal=causal and mask is None, scale=scaling
     )
     return out_BHTD.transpose(1, 2), None
-
-
-def _products_win(causal: bool) -> bool:
-    """Whether products beat torch's kernel, whose backward wastes AMX and work that a causal mask could spare."""
-    return causal or torch.is_autocast_enabled("cpu")
 
 
 def _for_heads(x_BGTD: Tensor, heads: int) -> Tensor:
