@@ -1,7 +1,8 @@
 """Segments become pairs of sentences, in the order of the text or not: pure numpy, for loader workers.
 
 A segment comes as [CLS] text [SEP] [SEP] and leaves as [CLS] A [SEP] B [SEP]. Its text is cut at the word start that
-is nearest to its middle, where the tokenizer's own words are meant.
+is nearest to a place drawn at random, where the tokenizer's own words are meant. Places are drawn so that the lengths
+of A and B tell nothing about the answer: cut in the middle, texts of unequal lengths would give away their exchange.
 
 Shapes: B sequences of a micro-batch, T tokens of a sequence, P places for pairs in a sequence, R runs: all segments and
 stretches of padding of a micro-batch one after another, M runs that can be cut.
@@ -27,8 +28,14 @@ NUM_SEPS = 2
 
 _LEAST_TOKENS = 2
 """Of text, for a segment to be cut."""
+_PARTS = 256
+"""Of a token, in which places are drawn, so that two word starts are hardly ever equally near."""
 _NO_TARGET = -100
 """`lmssl.model.head.IGNORE`, without importing torch."""
+
+
+_PURPOSES = {False: "pairs", True: "pairs of evaluation"}
+"""Of draws, in training and in evaluation."""
 
 
 class Paired(NamedTuple):
@@ -76,39 +83,62 @@ class Pairs:
         a row: such have no target.
         """
         runs = _runs(batch.segments_BT)
-        cuts_R = self._cuts(batch, runs)
         cut_M = np.flatnonzero(runs.text_R >= _LEAST_TOKENS)
-        draws = Draws(self.seed, "pairs of evaluation" if evaluation else "pairs", batch.positions_B)
+        rows_M, draws = runs.rows_R[cut_M], Draws(self.seed, _PURPOSES[evaluation], batch.positions_B)
+        if self.task == "next":
+            groups_M, next_M = _groups(rows_M)
+        else:
+            groups_M, next_M = runs.numbers_R[cut_M].astype(np.int64), np.arange(len(cut_M))
+        place_M = draws.at("cut", rows_M, groups_M) >> np.uint64(32)
+        cuts_R = runs.text_R // 2
+        cuts_R[cut_M] = self._cuts(batch, runs, cut_M, groups_M, place_M.astype(np.int64))
         first_R, second_R = _halves(runs, cuts_R)
         targets_R = np.full(len(runs.rows_R), _NO_TARGET)
+        coin_M = draws.at(self.task, rows_M, groups_M) >> np.uint64(63) == 1
         if self.task == "order":
-            bits_M = draws.at("order", runs.rows_R[cut_M], runs.numbers_R[cut_M].astype(np.int64))
-            swapped = cut_M[bits_M >> np.uint64(63) == 1]
+            swapped = cut_M[coin_M]
             first_R[swapped], second_R[swapped] = second_R[swapped], first_R[swapped]
-            targets_R[cut_M] = 0
-            targets_R[swapped] = 1
+            targets_R[cut_M] = coin_M
         else:
-            groups_M, next_M = _groups(runs.rows_R[cut_M])
-            bits_M = draws.at("next", runs.rows_R[cut_M], groups_M)
-            moved_M = bits_M >> np.uint64(63) == 1
             alone_M = next_M == np.arange(len(cut_M))
-            second_R[cut_M] = second_R[np.where(moved_M, cut_M[next_M], cut_M)]
-            targets_R[cut_M] = np.where(alone_M, _NO_TARGET, moved_M)
+            second_R[cut_M] = second_R[np.where(coin_M, cut_M[next_M], cut_M)]
+            targets_R[cut_M] = np.where(alone_M, _NO_TARGET, coin_M)
         return _written(batch, runs, first_R, second_R, targets_R)
 
-    def _cuts(self, batch: SequenceBatch, runs: _Runs) -> IntArray:
-        """How many tokens A has: up to the word start nearest to the middle, or without one half of them; [R]."""
+    def _cuts(
+        self, batch: SequenceBatch, runs: _Runs, cut_M: IntArray, groups_M: IntArray, place_M: IntArray
+    ) -> IntArray:
+        """How many tokens A has, [M].
+
+        In all texts that may exchange it B has as many tokens as in the others, if there are words that begin so far
+        from the end of each: of these those nearest to the place drawn; else each text has its own nearest word, and
+        one of a single word is cut at the place itself.
+
+        Args:
+            place_M: of the cut in the shortest text of a group, from its end, in 2^-32 of its length.
+        """
+        text_M, group_M = runs.text_R[cut_M], _numbered(runs.rows_R[cut_M], groups_M)
+        size_G = np.bincount(group_M)
+        least_G = np.full(len(size_G), np.iinfo(np.int64).max)
+        np.minimum.at(least_G, group_M, text_M)
+        wanted_M = _PARTS // 2 + (place_M * _PARTS * (least_G[group_M] - 1) >> 32)  # tokens of B, in parts
+        number_R = np.full(len(runs.rows_R), -1)
+        number_R[cut_M] = np.arange(len(cut_M))
         starts_N = np.flatnonzero(self.words.starts(batch.ids_BT, batch.segments_BT))
         run_N = np.searchsorted(runs.begins_R, starts_N, side="right") - 1
         before_N = starts_N - runs.begins_R[run_N] - 1
         inside_N = (before_N >= 1) & (before_N < runs.text_R[run_N])
-        run_N, before_N = run_N[inside_N], before_N[inside_N]
-        cuts_R = runs.text_R // 2
-        far_N = np.abs(2 * before_N - runs.text_R[run_N])
-        order_N = np.lexsort((far_N, run_N))
-        nearest = order_N[np.unique(run_N[order_N], return_index=True)[1]]
-        cuts_R[run_N[nearest]] = before_N[nearest]
-        return cuts_R
+        number_N, before_N = number_R[run_N[inside_N]], before_N[inside_N]
+        behind_N, group_N = text_M[number_N] - before_N, group_M[number_N]
+        key_N = group_N * (batch.ids_BT.shape[1] + 1) + behind_N
+        shared_N = np.bincount(key_N, minlength=1)[key_N] == size_G[group_N]
+        far_N = np.abs(_PARTS * behind_N - wanted_M[number_N])
+        order_N = np.lexsort((far_N, ~shared_N, number_N))
+        nearest = order_N[np.unique(number_N[order_N], return_index=True)[1]]
+        seconds_M = (wanted_M + _PARTS // 2) // _PARTS
+        seconds_M[number_N[nearest]] = behind_N[nearest]
+        firsts_M: IntArray = text_M - seconds_M
+        return firsts_M
 
 
 def _runs(segments_BT: npt.NDArray[np.int32]) -> _Runs:
@@ -144,6 +174,13 @@ def _groups(rows_M: IntArray) -> tuple[IntArray, IntArray]:
     last_M = np.ones(count, bool)
     last_M[:-1] = (rows_M[1:] != rows_M[:-1]) | (groups_M[1:] != groups_M[:-1])
     return groups_M, np.where(last_M, begins_M + 2 * groups_M, np.arange(count) + 1)
+
+
+def _numbered(rows_M: IntArray, groups_M: IntArray) -> IntArray:
+    """Groups of neighbours, numbered over all rows; [M]."""
+    begins_M = np.zeros(len(rows_M), np.int64)
+    begins_M[1:] = (rows_M[1:] != rows_M[:-1]) | (groups_M[1:] != groups_M[:-1])
+    return np.cumsum(begins_M)
 
 
 def _written(batch: SequenceBatch, runs: _Runs, first_R: IntArray, second_R: IntArray, targets_R: IntArray) -> Paired:

@@ -96,49 +96,65 @@ def test_the_halves_of_order_are_the_text_or_its_exchange(tokenizer: Tokenizer) 
 
 def test_the_halves_of_next_come_from_the_same_row(tokenizer: Tokenizer) -> None:
     before = rows(*ROWS)
-    plain = halves(_untouched(tokenizer, before))
+    texts = [[] for _ in ROWS]
+    for row, _, place in segments_of(before):
+        texts[row].append(before.ids_BT[row][place][1:-2].tolist())
     moved = []
     for seed in range(40):
         after = pairs(tokenizer, "next", seed).arrange(before, evaluation=False)
         found, wanted = halves(after), targets(after)
         assert [len(row) for row in wanted] == [3, 0, 5, 0, 2, 0]  # alone in a row there is nothing to exchange
-        for row in (0, 2, 4):
-            assert [first for first, _ in found[row]] == [first for first, _ in plain[row]]
-            assert sorted(second for _, second in found[row]) == sorted(second for _, second in plain[row])
-            for number, target in enumerate(wanted[row]):
-                assert (found[row][number][1] != plain[row][number][1]) == bool(target)
+        for row, pairs_of_row in enumerate(found):
+            firsts, seconds = [first for first, _ in pairs_of_row], [second for _, second in pairs_of_row]
+            assert firsts == [text[: len(first)] for text, first in zip(texts[row], firsts, strict=True)]
+            own = [text[len(first) :] for text, first in zip(texts[row], firsts, strict=True)]
+            assert sorted(seconds) == sorted(own)
+            exchanged = [second != rest for second, rest in zip(seconds, own, strict=True)]
+            assert exchanged == ([bool(target) for target in wanted[row]] or [False] * len(own))
             moved += wanted[row]
-        assert found[1] == plain[1] and found[5] == plain[5]
     assert 0.4 < np.mean(moved) < 0.6
 
 
-def _untouched(tokenizer: Tokenizer, before: SequenceBatch) -> Paired:
-    """Pairs in the order of the text: of each segment by itself there is nothing to exchange."""
-    alone = pairs(tokenizer, "next")
-    found = alone.arrange(before, evaluation=False)
-    for seed in range(60):
-        found = pairs(tokenizer, "next", seed).arrange(before, evaluation=False)
-        if not (found.targets_BP == 1).any():
-            return found
-    raise AssertionError("no seed leaves all pairs as they are")
-
-
-def test_the_cut_is_the_word_start_nearest_to_the_middle(tokenizer: Tokenizer) -> None:
+def test_cuts_are_word_starts_and_every_one_has_its_turn(tokenizer: Tokenizer) -> None:
     vocabulary = tokenizer.backend.get_vocab()
     word, tail = vocabulary["the"], next(token for name, token in vocabulary.items() if name.startswith("##"))
-    for text, cut in (
-        ([word] * 8, 4),
-        ([word, word, word, tail, tail, tail, word, word], 2),
-        ([word, tail, tail, tail, word, tail, tail, tail, word], 4),
-        ([word, tail, tail, tail, tail], 2),  # one word: in the middle
-        ([word, tail], 1),
+    for text, cuts in (
+        ([word] * 8, {1, 2, 3, 4, 5, 6, 7}),
+        ([word, word, word, tail, tail, tail, word, word], {1, 2, 6, 7}),
+        ([word, tail, tail, tail, word, tail, tail, tail, word], {4, 8}),
+        ([word, tail, tail, tail, tail], {1, 2, 3, 4}),  # one word: anywhere
+        ([word, tail], {1}),
     ):
-        ids = np.array([[CLS, *text, SEP, SEP]])
+        ids = np.tile([CLS, *text, SEP, SEP], (300, 1))
         batch = SequenceBatch(
-            ids, np.ones_like(ids, np.int32), np.arange(ids.size)[None], np.array([0]), np.array([9.0])
+            ids, np.ones_like(ids, np.int32), np.tile(np.arange(ids.shape[1]), (300, 1)), np.arange(300), np.ones(300)
         )
-        found = pairs(tokenizer, "next").arrange(batch, evaluation=False)
-        assert halves(found) == [[(text[:cut], text[cut:])]]
+        found = halves(pairs(tokenizer, "order").arrange(batch, evaluation=False))
+        assert {min(len(first), len(text) - len(first)) for [(first, _)] in found} == {
+            min(cut, len(text) - cut) for cut in cuts
+        }
+        kept = [first for [(first, second)] in found if first + second == text]
+        assert {len(first) for first in kept} == cuts
+
+
+@pytest.mark.parametrize("task", ["order", "next"])
+def test_lengths_do_not_give_the_answer_away(tokenizer: Tokenizer, task: str) -> None:
+    drawn = np.random.default_rng(3).lognormal(2.6, 0.6, (3000, 3)).astype(int).clip(5, 20)
+    found = pairs(tokenizer, task).arrange(rows(*drawn.tolist()), evaluation=False)
+    sizes, answers = [], []
+    for listed, wanted in zip(halves(found), targets(found), strict=True):
+        sizes += [(len(first), len(second)) for first, second in listed]
+        answers += wanted
+    size_N2, answer_N = np.array(sizes), np.array(answers)
+    assert len(size_N2) == len(answer_N) == 9000
+    # A table of answers by both lengths, learned from one half of the pairs, is as good as a coin on the other half.
+    cell_N = size_N2[:, 0] * 100 + size_N2[:, 1]
+    learned, asked = cell_N[:4500], cell_N[4500:]
+    balance = np.bincount(learned, 2 * answer_N[:4500] - 1, minlength=10_000)
+    accuracy = np.mean((balance[asked] > 0) == answer_N[4500:])
+    assert accuracy < 0.5 + 4 * 0.5 / 4500**0.5
+    short_N = size_N2[:, 0] < size_N2[:, 1]
+    assert abs(answer_N[short_N].mean() - answer_N[~short_N].mean()) < 0.06
 
 
 @pytest.mark.parametrize("task", ["order", "next"])
