@@ -148,7 +148,7 @@ def sentinels_filled(tokenizer: Tokenizer, prompt: str, written: list[int]) -> s
 def _generate(subject: Subject, ids: list[int], sampling: Sampling, max_new_tokens: int) -> list[int]:
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
     tokenizer = subject.tokenizer
-    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.end_id
     row = _row(subject, ids)
     model: Any = subject.model
     devices = [row.device.index or 0] if row.device.type == "cuda" else []
@@ -159,7 +159,7 @@ def _generate(subject: Subject, ids: list[int], sampling: Sampling, max_new_toke
             attention_mask=torch.ones_like(row),
             max_new_tokens=max_new_tokens,
             do_sample=bool(drawn),
-            eos_token_id=tokenizer.eos_id,
+            eos_token_id=tokenizer.end_id,
             pad_token_id=pad,
             **drawn,
         )

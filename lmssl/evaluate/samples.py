@@ -228,7 +228,7 @@ class _Writer:
             logits_BV = self._next_logits(blanks, new)
             for index in sorted(open_rows):
                 token = self._chosen(logits_BV[index], draws[index])
-                if token == tokenizer.eos_id:
+                if token == tokenizer.end_id:
                     open_rows.discard(index)
                     continue
                 new[index].append(token)

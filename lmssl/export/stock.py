@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import BertForPreTraining, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lmssl.errors import ExportError
@@ -39,6 +39,7 @@ def write_stock(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, m
     """
     config = model.config
     if model.can_generate():
+        config.eos_token_id = tokenizer.end_id if config.eos_token_id is None else config.eos_token_id
         names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
     disable_progress_bar()
@@ -51,8 +52,9 @@ def write_stock(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, *, m
     for name in TOKENIZER_FILES:
         if (tokenizer.path / name).exists():
             shutil.copyfile(tokenizer.path / name, folder / name)
-    accepted = set(inspect.signature(model.forward).parameters)
-    _fix_tokenizer_config(folder, max_length=max_tokens(config), accepted=accepted)
+    _fix_tokenizer_config(folder, model)
+    if model.can_generate() and tokenizer.eos_id is None and tokenizer.sep_id is not None:
+        _end_with_sep(folder, str(tokenizer.backend.id_to_token(tokenizer.sep_id)))
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Any]:
@@ -97,23 +99,50 @@ def max_tokens(config: Any) -> int | None:
     return positions or getattr(config, "n_positions", None)
 
 
-def _fix_tokenizer_config(folder: Path, *, max_length: int | None, accepted: Collection[str]) -> None:
-    """`TokenizersBackend` is a transformers 5 name that version 4 refuses; the class below loads in both.
+def _input_names(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """What a tokenizer is to give a model, of what it gives: no more than the model takes.
 
-    Args:
-        max_length: tokens.
-        accepted: what the model's forward takes; a tokenizer must not give it more.
+    Classes like roberta's take types of tokens, but have one only, and fail at a pair's second. A model that was asked
+    about pairs was trained with types, and gets them even where its tokenizer is for models that take none.
     """
+    types, accepted = "token_type_ids", set(inspect.signature(model.forward).parameters)
+    if (getattr(model.config, "type_vocab_size", None) or 0) < 2:
+        accepted.discard(types)
+    given = [name for name in names if name in accepted]
+    if isinstance(model, BertForPreTraining) and types not in given:
+        given.insert(given.index("input_ids") + 1, types)
+    return given
+
+
+def _fix_tokenizer_config(folder: Path, model: PreTrainedModel) -> None:
+    """`TokenizersBackend` is a transformers 5 name that version 4 refuses; the class below loads in both."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config = {key: value for key, value in config.items() if key not in _PLACES}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    max_length = max_tokens(model.config)
     if max_length is not None:
         config["model_max_length"] = max_length
-    names = config.get("model_input_names", ["input_ids", "attention_mask"])
-    config["model_input_names"] = [name for name in names if name in accepted]
+    config["model_input_names"] = _input_names(model, config.get("model_input_names", ["input_ids", "attention_mask"]))
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     specials = {k: v for k, v in config.items() if k.endswith("_token") and k != "add_prefix_token" and v is not None}
     if not (folder / "special_tokens_map.json").exists():
         text = json.dumps(specials, indent=2, ensure_ascii=False) + "\n"
         (folder / "special_tokens_map.json").write_text(text, encoding="utf-8")
+
+
+def _end_with_sep(folder: Path, sep: str) -> None:
+    """A tokenizer that ends texts with sep, for a decoder: sep is where it stops, and does not stand behind prompts."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content["eos_token"] = sep
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    processor = content.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") == "TemplateProcessing":
+            for form in ("single", "pair"):
+                while part[form] and part[form][-1].get("SpecialToken", {}).get("id") == sep:
+                    part[form].pop()
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -37,6 +37,11 @@ class Tokenizer:
     cls_id: int | None
     sep_id: int | None
 
+    @property
+    def end_id(self) -> int | None:
+        """What ends a text that a model writes: eos, or where there is none sep, which then ends every segment."""
+        return self.sep_id if self.eos_id is None else self.eos_id
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens written out."""
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
