@@ -110,6 +110,12 @@ class Session:
         self.follow_stage()
         self.prove_compiled(micro)
 
+    def restore_rope_theta(self) -> None:
+        """Give a model that is continued the rotary base of its last step, with which it may be evaluated or saved."""
+        theta = self.recipe.rope_theta(self.state.step - 1) if self.state.step else None
+        if theta is not None:
+            set_rope_theta(self.core.model, theta)
+
     def follow_stage(self) -> None:
         """Give the model the rotary base of the next step's stage, and say what the stage changes."""
         step, plan = self.state.step, self.recipe.batches

@@ -78,6 +78,20 @@ def test_interrupted_around_a_change_equals_uninterrupted(
     assert without_clock(whole) == without_clock(copied)
 
 
+def test_an_evaluation_that_is_due_where_a_run_goes_on_has_the_base_of_its_stage(
+    tmp_path: Path, text_folder: Path, whole: Path
+) -> None:
+    every = {"evaluate.every_steps": 5}
+    reference = run(tmp_path / "reference", text_folder, **every)
+    copied = Path(shutil.copytree(whole, tmp_path / "run"))
+    back_to(copied, 5)
+    run(tmp_path, text_folder, **every)
+    theirs, ours = (
+        {row["step"]: row["loss"] for row in metrics(out) if row["kind"] == "evaluate"} for out in (reference, copied)
+    )
+    assert ours[5] == theirs[5] and ours[7] == theirs[7]
+
+
 def test_checkpoints_and_exports_name_the_base_they_were_trained_with(whole: Path, tmp_path: Path) -> None:
     configs = [json.loads(checkpoint.find_step(whole, step).text("config.json")) for step in range(1, 8)]
     assert [theta(config) for config in configs] == [10_000] * 3 + [50_000] * 4
