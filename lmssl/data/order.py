@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lmssl.recipe.batches import BatchPlan
+
 IntArray = npt.NDArray[np.int64]
 _KEPT_BLOCKS = 128
 """Arranged blocks in memory, 16 KiB each at the default size; arranging one takes a tenth of a millisecond."""
@@ -51,6 +53,11 @@ def kept_position(k: int, skip: Sequence[tuple[int, int]]) -> int:
             break
         position += end - start
     return position
+
+
+def end_position(batches: BatchPlan, skip: Sequence[tuple[int, int]]) -> int:
+    """Where the last position that a run reads ends, those that are skipped before it counted."""
+    return kept_position(batches.num_positions - 1, skip) + 1 if batches.num_positions else 0
 
 
 def skipped_before(position: int, skip: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmssl.data.batch import validation_batches
+from lmssl.data.order import end_position
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import EvaluationError
 from lmssl.evaluate import results
@@ -147,7 +148,8 @@ def _held_out(subject: Subject, order: Order, accelerator: Accelerator, time: st
         raise EvaluationError(
             f"{what} no held-out text of its own", where=str(order.path), remedy="say what to ask with --suite FILE"
         )
-    objective = build_objective(recipe, subject.tokenizer, num_positions=recipe.batches.num_positions)
+    num_positions = end_position(recipe.batches, recipe.data.skip)
+    objective = build_objective(recipe, subject.tokenizer, num_positions=num_positions)
     if not isinstance(objective, SumObjective) or recipe.objective.kind == "replaced":
         raise EvaluationError(
             f"the objective {recipe.objective.kind} is not evaluated apart from its run",

@@ -161,9 +161,11 @@ def _before(run: Path, step: int) -> Checkpoint | None:
 def same_history(old: Recipe, new: Recipe, found: Checkpoint) -> bool:
     """Whether both recipes give the steps before a checkpoint the same learning rates and rates of masks."""
     steps = found.step
+    if not _same_masks(old, new, steps):
+        return False
     if all(not under(path, LENGTH_FIELDS) for path, _, _ in difference(old, new)):
         return True
-    if steps > new.steps or _first_other_step(old, new, steps) is not None or not _same_masks(old, new, steps):
+    if steps > new.steps or _first_other_step(old, new, steps) is not None:
         return False
     # When each step was made is not known, but what time does to a rate it does until the end.
     return rate_at(old, found) == rate_at(new, found)
@@ -202,10 +204,11 @@ def _ratio(recipe: Recipe, tokens: int, spent: float = 0.0) -> float:
 def _same_masks(old: Recipe, new: Recipe, steps: int) -> bool:
     """A rate that changes towards the end of the run must not have begun to."""
     section = new.objective
-    if not isinstance(section, Masks) or section.final_rate is None or old.train.tokens == new.train.tokens:
+    if not isinstance(section, Masks) or section.final_rate is None:
         return True
-    first = min(recipe.batches.num_positions for recipe in (old, new)) * (1 - section.decay_ratio)
-    return old.batches.first_position(steps) <= first
+    ends = {recipe.batches.num_positions for recipe in (old, new)}  # changed by train.tokens, or longer sequences
+    first = min(ends) * (1 - section.decay_ratio)
+    return len(ends) == 1 or old.batches.first_position(steps) <= first
 
 
 def _about_lengths(old: Recipe, new: Recipe, step: int) -> Iterator[str]:
@@ -229,7 +232,7 @@ def _about_lengths(old: Recipe, new: Recipe, step: int) -> Iterator[str]:
 
 
 def _other_rates(old: Recipe, new: Recipe, newest: Checkpoint) -> CheckpointError:
-    changed = [(p, a, b) for p, a, b in difference(old, new) if under(p, LENGTH_FIELDS)]
+    changed = [(p, a, b) for p, a, b in difference(old, new) if under(p, (*LENGTH_FIELDS, "data.stages"))]
     lines = "".join(f"\n    {path}: {before!r} there, {now!r} now" for path, before, now in changed)
     step = _first_other_step(old, new, min(newest.step, new.steps))
     if newest.step > new.steps and step is None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from lmssl import checkpoint
 from lmssl.data.ledger import Ledger
-from lmssl.data.order import kept_position, skipped_before
+from lmssl.data.order import end_position, kept_position, skipped_before
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import CheckpointError, TrainingError
 from lmssl.evaluate.samples import KINDS, prompted
@@ -90,7 +90,7 @@ def open_session(
     saved = None if found is None else found.text("config.json")
     config = recipe_config(recipe, tokenizer, saved=saved, choose=_chosen_step)
     # Before the text is opened, which may mean tokenizing some of it.
-    objective = build_objective(recipe, tokenizer, num_positions=recipe.batches.num_positions)
+    objective = build_objective(recipe, tokenizer, num_positions=end_position(recipe.batches, recipe.data.skip))
     asked = _open_asked(recipe, config, tokenizer)
     _apply_skip(state, recipe, found, report)
     stream = _open_stream(recipe, tokenizer, found, state, report)
@@ -120,6 +120,7 @@ def open_session(
     saver = open_saver(run, recipe, tokenizer, backend, report, step=state.step, begun_with=begun_with)
     session = Session(recipe, run, config, stream, objective, backend, state, compiled, report, set_aside, saver, asked)
     _open_run_folder(session, tokenizer, continuation, begun_with, lock)
+    session.restore_rope_theta()
     return session
 
 

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmssl.data.order import Mixture, Order, Stage, integer_shares, kept_position, permutation, skipped_before
+from lmssl.data.order import (
+    Mixture,
+    Order,
+    Stage,
+    end_position,
+    integer_shares,
+    kept_position,
+    permutation,
+    skipped_before,
+)
+from lmssl.recipe.batches import BatchPlan
 
 RANGES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=5)
 SHARES = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)
@@ -146,3 +156,11 @@ def test_a_later_stage_continues_the_counts() -> None:
 def test_a_stage_survives_json() -> None:
     stage = Stage(0, ("a", "b"), (10**30, 1), 4, (0, 0))
     assert Stage.from_json(json.loads(json.dumps(stage.to_json()))) == stage
+
+
+def test_a_run_ends_behind_what_it_skips() -> None:
+    plan = BatchPlan.even(4, num_steps=5)
+    assert end_position(plan, []) == 20
+    assert end_position(plan, [(3, 7), (30, 40)]) == 24  # the second lies beyond
+    assert end_position(plan, [(3, 7), (23, 40)]) == 41
+    assert end_position(BatchPlan.even(4), []) == 0

@@ -131,6 +131,21 @@ def test_the_rate_of_masks_must_not_have_begun_to_change(tmp_path: Path, text_fo
         run(tmp_path, text_folder, "run", steps=8, **change)
 
 
+def test_longer_sequences_ahead_must_not_move_the_rate_of_masks(tmp_path: Path, text_folder: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    change = {
+        "schedule": CONSTANT,
+        "tokenizer": {"path": "tokenizer/wordpiece-8k"},
+        "model": {"kind": "modernbert", **sizes},
+        "objective": {"kind": "masked", "rate": 0.3, "final_rate": 0.1, "decay_ratio": 0.5},
+        "checkpoint": {"every_steps": 1, "keep_last": 1},
+    }
+    run(tmp_path, text_folder, "run", steps=4, **change)
+    stages = [{"from_tokens": 3072, "sequence_length": 128}]
+    with pytest.raises(CheckpointError, match="data.stages.*\n.*the rate of masks had begun to change"):
+        run(tmp_path, text_folder, "run", steps=4, **change, **{"data.stages": stages})
+
+
 def test_every_changed_field_is_shown_with_what_it_means(tmp_path: Path, text_folder: Path) -> None:
     run(tmp_path, text_folder, "run", steps=2, schedule=CONSTANT)
     with pytest.raises(CheckpointError) as caught:
