@@ -1,12 +1,14 @@
 """`lmssl data`: what stands at a position, where a text is, and what an epoch holds.
 
-Answers follow from the recipe alone. JSON goes to standard output, one object a line; notes and progress do not.
+Answers follow from the recipe alone; where it limits epochs and its run was given another length, from the run as well,
+which keeps the shares it began with. JSON goes to standard output, one object a line; notes and progress do not.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,12 +18,14 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from lmssl import checkpoint
+from lmssl.data.ledger import Ledger
 from lmssl.data.order import kept_position
 from lmssl.data.search import Match, search
 from lmssl.data.statistics import Statistics, measure
 from lmssl.data.stream import SequenceStream
 from lmssl.data.trace import TracedSegment, TracedSequence, Tracer
-from lmssl.errors import RecipeError
+from lmssl.errors import DataError, RecipeError
 from lmssl.recipe.objective import seps_per_segment
 from lmssl.recipe.sections import Recipe
 from lmssl.shipped import find
@@ -68,15 +72,7 @@ def answer(recipe: Recipe, question: Question) -> None:
         notes.print(line, markup=False)
 
     tokenizer = load_tokenizer(find(recipe.tokenizer.path))
-    stream = SequenceStream.open(
-        recipe.data,
-        tokenizer,
-        seed=recipe.data_seed,
-        cache_dir=Path(recipe.data.cache).expanduser(),
-        report=report,
-        batches=recipe.batches,
-        seps_per_segment=seps_per_segment(recipe.objective),
-    )
+    stream = _open_stream(recipe, tokenizer, report)
     if question.statistics:
         _show_statistics(_measured(stream, notes), recipe, question, out, report)
         return
@@ -96,6 +92,31 @@ def answer(recipe: Recipe, question: Question) -> None:
         first = next(sequences)  # those that follow are read already, or soon
     for sequence in chain([first], sequences):
         _print_sequence(sequence, recipe, tokenizer, question, out)
+
+
+def _open_stream(recipe: Recipe, tokenizer: Tokenizer, report: Callable[[str], None]) -> SequenceStream:
+    """The order that the recipe's run has, or would have."""
+
+    def opened(ledger: Ledger | None, read_positions: int | None) -> SequenceStream:
+        return SequenceStream.open(
+            recipe.data,
+            tokenizer,
+            seed=recipe.data_seed,
+            cache_dir=Path(recipe.data.cache).expanduser(),
+            ledger=ledger,
+            report=report,
+            batches=recipe.batches,
+            read_positions=read_positions,
+            seps_per_segment=seps_per_segment(recipe.objective),
+        )
+
+    if any(corpus.max_epochs is not None for corpus in recipe.data.mixture):
+        newest = checkpoint.find_latest(Path(recipe.out_path), report)
+        if newest is not None:
+            ledger = Ledger.load(newest.path / "ledger.jsonl")
+            with suppress(DataError):  # it is the run of another recipe
+                return opened(ledger, int(json.loads(newest.text("state.json"))["cursor"]))
+    return opened(None, None)
 
 
 def _check(recipe: Recipe, question: Question) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +14,9 @@ from lmssl.recipe.data import DataSection
 
 STAGES = "data.stages"
 """Name of the setting in the ledger; the only one that may change while a run goes on, and only ahead of it."""
+
+_ROUNDED = 1.01
+"""By how much a corpus may exceed its limit of epochs where shares are rounded."""
 
 _TEMPERED_DIGITS = 9
 """Powers are rounded to so many digits: the last bits of a power differ between machines, shares must not."""
@@ -40,7 +43,8 @@ def plan_stages(
         begun: stages that are kept as they are.
 
     Raises:
-        DataError: the limits of epochs leave too little text for the run.
+        DataError: the limits of epochs leave too little text for the run, or those of stages that are kept would be
+            exceeded, because the run is longer than it was when they were planned.
     """
     names = tuple(corpus.name for corpus in section.mixture)
     limits = {corpus.name: corpus.max_epochs for corpus in section.mixture if corpus.max_epochs is not None}
@@ -50,6 +54,10 @@ def plan_stages(
     for later in section.stages:
         written.append(written[-1] if later.weights is None else [later.weights.get(name, 0) for name in names])
     stages = list(begun)
+    if begun and limits and batches is not None:
+        end = starts[len(begun)] if len(begun) < len(starts) else batches.num_positions
+        read = Order(begun, seed).counts_before(end)
+        _refuse_more_epochs({name: (read[name], num_sequences(name), limit) for name, limit in limits.items()}, begun)
     for number in range(len(stages), len(starts)):
         first = starts[number]
         before = Order(stages, seed).counts_before(first) if stages else dict.fromkeys(names, 0)
@@ -157,6 +165,18 @@ def limited_shares(
         if not over:
             return shares
         full |= over
+
+
+def _refuse_more_epochs(read: Mapping[str, tuple[int, int, float]], begun: Sequence[Stage]) -> None:
+    """Raise where a corpus would be read more often than its limit allows; shares are rounded, so by some sequences."""
+    for name, (count, epoch, limit) in read.items():
+        if count > limit * epoch * _ROUNDED + begun[-1].block_sequences:
+            raise DataError(
+                f"the run would read corpus {name!r} {count / epoch:.3g} times, more than max_epochs: {limit:g}: its "
+                "share was chosen for a shorter run, or for another stage after it, and is kept",
+                where="train.tokens, data.stages",
+                remedy="restore both, or begin a new run with these weights: model.from",
+            )
 
 
 def _too_little_text(num_positions: int, batches: BatchPlan) -> DataError:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from lmssl import checkpoint
+from lmssl import checkpoint, cli
 from lmssl.checkpoint import checkpoints_path
+from lmssl.data.ledger import Ledger
+from lmssl.data.order import Order
 from lmssl.errors import CheckpointError, DataError
 from lmssl.export import export_run
 from lmssl.recipe.load import load_recipe
@@ -145,6 +147,28 @@ def test_a_limit_of_epochs_holds_in_a_run_and_is_told(tmp_path: Path, text_folde
         corpora = two_corpora(text_folder, max_epochs=0.01)
         corpora[1]["max_epochs"] = 0.01
         run(tmp_path / "none", text_folder, **{"data.mixture": corpora})
+
+
+def test_a_longer_run_does_not_exceed_the_limit_of_its_epochs(
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = {"data.mixture": two_corpora(text_folder, max_epochs=0.01), "data.chunk_bytes": 8192}
+    limited |= {"schedule": {"kind": "constant"}}
+    out = run(tmp_path, text_folder, **limited)
+    longer = {"train.tokens": 24 * 1024}
+    with pytest.raises(DataError, match=r"would read corpus 'one' 0\.0\d+ times, more than max_epochs: 0\.01"):
+        run(tmp_path, text_folder, **limited, **longer)
+    back_to(out, 4)
+    run(tmp_path, text_folder, **limited, **{"train.tokens": 5 * 1024})  # fewer epochs, with the shares of before
+    assert metrics(out)[-1]["step"] == 5
+    capsys.readouterr()
+    assert cli.main(["data", str(tmp_path / "recipe.yaml"), "--position", "0", "--count", "80", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    stages = Ledger.load(checkpoint.find_step(out, 5).path / "ledger.jsonl").stages
+    order = Order(stages, load_recipe(out / "recipe.yaml").recipe.data_seed)
+    assert [{part["corpus"] for part in line["segments"]} for line in told] == [
+        {order.locate(position)[0]} for position in range(80)
+    ]
 
 
 def test_validation_sets_are_reported_apart(tmp_path: Path, plain: Path, text_folder: Path) -> None:
