@@ -2,13 +2,14 @@
 
     python benchmarks/bench_time_to_loss.py [--text FILE.jsonl] [--budget-seconds 1800] [--rates 3e-4 1e-3] [--tiny]
 
-transformers' Trainer, as run_clm uses it, trains a llama for the budget: at its defaults, and in bf16 and compiled at
-the best of some learning rates, each trained for the whole budget. Its seconds are its steps' at their median rate:
-neither tokenizing nor compiling counts. Our recipe (Muon, warmup, stable, decay; `train.max_hours` ends it) trains the
-same model for shares of the budget, from the smallest on; its seconds are those of the whole process, from the first
-import to the last checkpoint, tokenizing and compiling included. The same held-out documents judge all, by `lmssl eval`
-on transformers folders: one by one, and joined end to end as run_clm reads text. Asked: an eighth of the budget for the
-defaults' loss, half of it for the tuned one. Results are appended to benchmarks/results/time_to_loss.jsonl.
+transformers' Trainer, as run_clm uses it, trains a llama for the budget: at its defaults, and compiled in the faster
+precision at the best of some learning rates, each trained for the whole budget. Its seconds are its steps' at their
+median rate: neither tokenizing nor compiling counts. Our recipe (Muon, warmup, stable, decay; `train.max_hours` ends
+it) trains the same model for shares of the seconds that the defaults took, from the smallest on; its seconds are those
+of the whole process, from the first import to the last checkpoint, tokenizing and compiling included. The same held-out
+documents judge all, by `lmssl eval` on transformers folders: one by one, and joined end to end as run_clm reads text.
+Asked: an eighth of the defaults' seconds for their loss, half of the tuned ones' for theirs. Results are appended to
+benchmarks/results/time_to_loss.jsonl.
 """
 
 from __future__ import annotations
@@ -95,13 +96,15 @@ def peer(folder: Path, args: argparse.Namespace, name: str, kind: Peer, lr: floa
 
 def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, seconds: float) -> Trained:
     """A recipe of ours for about so many seconds of the whole process."""
-    name, batch = f"ours-{seconds:.0f}", args.rows * args.length
+    name, batch = f"ours-{seconds:.0f}", args.our_rows * args.length
     args.steps = 10**6 // args.rows  # more than there is time for
     recipe = recipe_of(folder, section, args, name)
     recipe["optim"] = {"kind": "muon", "lr": args.lr, "adamw_lr": args.adamw_lr, "weight_decay": 0.1}
     recipe["schedule"] = {"kind": "wsd", "warmup_tokens": batch * args.warmup_steps, "decay_ratio": args.decay_ratio}
     spent = max(1.0, seconds - args.reserve_seconds)
     recipe["train"] |= {
+        "batch_tokens": batch,
+        "micro_batch_sequences": args.our_rows,
         "max_hours": spent / 3600,
         "compile": "model" if seconds >= COMPILE_FROM_SECONDS else "off",
         "log_every_steps": 10,
@@ -131,12 +134,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help='JSON lines with "text"; default: the text every Python ships')
     parser.add_argument("--budget-seconds", type=float, default=1800.0)
-    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2], help="of the budget")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2], help="of the seconds of the defaults"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of the tuned Trainer")
     parser.add_argument("--lr", type=float, default=6e-3, help="ours, of matrices")
     parser.add_argument("--adamw-lr", type=float, default=3e-3, help="ours, of the rest")
-    parser.add_argument("--warmup-steps", type=int, default=20, help="ours")
+    parser.add_argument("--warmup-steps", type=int, default=10, help="ours")
     parser.add_argument("--decay-ratio", type=float, default=0.4, help="ours")
+    parser.add_argument("--our-rows", type=int, default=4, help="sequences of a step of ours")
     parser.add_argument("--reserve-seconds", type=float, default=8.0, help="of ours, for starting and saving")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8)
@@ -158,7 +164,7 @@ def main() -> None:
     args = parse()
     bf16 = ("--bf16",) if bf16_is_faster("cpu") else ()  # its best on this processor
     way = f"Trainer, {'bf16' if bf16 else 'fp32'}, compiled"
-    tuned_way = Peer("trainer.py", (*bf16, "--compile"), masked=True)
+    tuned_way = Peer("trainer.py", (*bf16, "--compile", "--best"), masked=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         section = prepare(folder, args)
@@ -174,7 +180,7 @@ def main() -> None:
         targets["tuned"] = min(tried, key=lambda one: one.bits_per_byte)
         found: list[Trained] = []
         for share in sorted(args.shares):
-            found.append(ours(folder, section, args, share * args.budget_seconds))
+            found.append(ours(folder, section, args, share * targets["defaults"].seconds))
             say(found[-1])
     criteria = [
         {

@@ -36,8 +36,8 @@ class Peer:
 
 PEERS = {
     BASELINE: Peer("trainer.py", masked=True),
-    "Trainer: bf16, compiled": Peer("trainer.py", ("--bf16", "--compile"), masked=True),
-    "Trainer: fp32, compiled": Peer("trainer.py", ("--compile",), masked=True),
+    "Trainer: bf16, compiled": Peer("trainer.py", ("--bf16", "--compile", "--best"), masked=True),
+    "Trainer: fp32, compiled": Peer("trainer.py", ("--compile", "--best"), masked=True),
     "nanoGPT loop, documented for CPU: fp32, eager": Peer("nanogpt.py"),
     "nanoGPT loop: bf16, compiled, fused": Peer("nanogpt.py", ("--dtype", "bfloat16", "--compile", "--fused")),
     "nanoGPT loop: fp32, compiled, fused": Peer("nanogpt.py", ("--compile", "--fused")),
