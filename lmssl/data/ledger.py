@@ -10,9 +10,10 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import orjson
 
 from lmssl.data.order import Stage
 from lmssl.errors import CheckpointError
@@ -20,8 +21,7 @@ from lmssl.errors import CheckpointError
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class LedgerEntry:
+class LedgerEntry(NamedTuple):  # thousands are made when a run goes on, in half the time of a dataclass
     """One window."""
 
     corpus: str
@@ -54,8 +54,7 @@ class LedgerEntry:
         return self.num_dropped_short + self.num_dropped_long + self.num_dropped_duplicates + self.num_dropped_overlaps
 
 
-_FIELDS = {field.name: field.default is MISSING for field in fields(LedgerEntry)}
-"""Names of an entry's fields, and whether every ledger has them; ledgers of earlier versions lack the others."""
+_NAMES = frozenset(LedgerEntry._fields)
 
 
 class Ledger:
@@ -173,12 +172,12 @@ class Ledger:
             CheckpointError: the file is missing or is not a ledger.
         """
         try:
-            first, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            first, *lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
             if first["format"] != _FORMAT:
                 raise ValueError(f"its format is {first['format']}, this version reads {_FORMAT}")
             ledger = cls([Stage.from_json(stage) for stage in first["stages"]], first["settings"], first.get("files"))
             for line in lines:
-                ledger.append(LedgerEntry(**{name: line[name] for name in _FIELDS if name in line or _FIELDS[name]}))
+                ledger.append(LedgerEntry(**{name: line[name] for name in _NAMES & line.keys()}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the ledger cannot be read: {error}", where=str(path), remedy="continue from an older checkpoint"
@@ -195,4 +194,4 @@ class Ledger:
 
 
 def _plain(entry: LedgerEntry) -> dict[str, Any]:
-    return {name: value for name, value in asdict(entry).items() if value is not None}
+    return {name: value for name, value in entry._asdict().items() if value is not None}
