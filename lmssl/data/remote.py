@@ -7,6 +7,7 @@ part. Blocks that were not read for the longest time make room; an open one hold
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -133,11 +134,10 @@ class RemoteFiles:
             fcntl.flock(file, fcntl.LOCK_SH)  # until it is closed; see `_make_room`
             status = os.fstat(file.fileno())
             if status.st_nlink and status.st_size == stop - start:
-                os.utime(place)
+                os.utime(file.fileno())
                 return cast(BinaryIO, file)
             file.close()  # removed between opening and locking, or cut short by something else
-            if status.st_nlink:
-                place.unlink(missing_ok=True)
+            self._download(path, start, stop, place)
 
     def _place(self, path: RemotePath, number: int) -> Path:
         what = f"{path}\n{path.version}\n{self.block_bytes}\n{number}"
@@ -148,25 +148,29 @@ class RemoteFiles:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(place.with_name(f".lock-{place.name[:2]}")):
-                if place.exists():  # another process was faster
+                if _size(place) == stop - start:  # another process was faster
                     return
                 self._check_version(path)
                 raw = self._fetch(path, start, stop)
                 self._check_version(path)  # or the block might belong to another version
-                partial = place.with_name(f".part-{place.name}")
-                self._make_room(len(raw), keep=partial)
-                with partial.open("wb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # or another download might make room with it
-                    file.write(raw)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.rename(place)
+                self._store(raw, place)
         except OSError as error:
             raise DataError(
                 f"the download cannot be written: {error.strerror or error}",
                 where=str(self.folder),
                 remedy="free space or fix permissions there, or set data.cache to another folder",
             ) from error
+
+    def _store(self, raw: bytes, place: Path) -> None:
+        """Write a block; one process at a time, so that the folder does not change while it is measured."""
+        with self._lock(self.folder / ".lock-room"):
+            self._make_room(len(raw))
+            partial = place.with_name(f".part-{place.name}")
+            with partial.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(place)
 
     def _fetch(self, path: RemotePath, start: int, stop: int) -> bytes:
         def read() -> bytes:
@@ -194,13 +198,16 @@ class RemoteFiles:
                 remedy="start again, and leave corpora alone while a run reads them",
             )
 
-    def _make_room(self, num_bytes: int, keep: Path) -> None:
-        files = [path for path in self.folder.iterdir() if not path.name.startswith(".lock-") and path != keep]
-        sizes = {path: path.stat() for path in files}
-        excess = sum(status.st_size for status in sizes.values()) + num_bytes - self.max_bytes
-        for path in sorted(files, key=lambda path: sizes[path].st_mtime_ns):
-            if excess > 0 and _remove_unused(path):
-                excess -= sizes[path].st_size
+    def _make_room(self, num_bytes: int) -> None:
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # whoever else cleans up here takes no lock
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in found) + num_bytes - self.max_bytes
+        for _, size, path in sorted(found):
+            if excess > 0 and not path.name.startswith(".lock-") and _remove_unused(path):
+                excess -= size
         if excess > 0:
             raise DataError(
                 f"a download of {num_bytes:,} bytes does not fit: {excess:,} bytes too many beside those in use",
@@ -350,12 +357,22 @@ def _version(info: dict[str, Any]) -> str:
     return f"{info.get('size')}.{mark.strip(chr(34))}"
 
 
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None: it is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 def _remove_unused(path: Path) -> bool:
     """Delete a file unless somebody reads it."""
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # NFS gives this lock to writers alone
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+    except FileNotFoundError:  # its room is free as well
+        return True
     except OSError:
         return False
     return True
