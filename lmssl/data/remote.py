@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import tenacity
 
 from lmssl.data.remote_errors import explained, is_passing, unmasked
+from lmssl.data.remote_listing import file_system, listed, version_of
 from lmssl.errors import DataError
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp"}
@@ -31,7 +32,7 @@ _BLOCK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
 _GIVE_UP_SECONDS = 300.0
 _LONGEST_WAIT_SECONDS = 60.0
-_VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
+_SILENCE_SECONDS = 30.0
 Result = TypeVar("Result")
 
 
@@ -72,6 +73,8 @@ class RemoteFiles:
     """Before the second attempt; doubles from there, up to a minute."""
     block_bytes: int = _BLOCK_BYTES
     """Asked for at a time, and kept or removed together."""
+    silence_seconds: float = _SILENCE_SECONDS
+    """After which a web server that sends nothing is asked again."""
 
     def list_files(self, url: str, is_wanted: Callable[[str], bool]) -> list[RemotePath]:
         """The files behind a URL, a pattern, or a folder, sorted; of a folder those that are wanted.
@@ -79,13 +82,14 @@ class RemoteFiles:
         Raises:
             DataError: the scheme is not read, its package is missing, nothing is found, or access is denied.
         """
-        system = _file_system(url)
-        found = self._retried(url, lambda: _listed(system, url, is_wanted))
+        system = self._system(url)
+        found = self._retried(url, lambda: listed(system, url, is_wanted))
         paths = []
-        for name, info in found.items():
+        for name, listed_info in found.items():
+            info = self._info(name) if listed_info.get("size") is None else listed_info
             if info.get("size") is None:
                 raise DataError("the server does not say how large the file is", where=name, remedy="download it first")
-            paths.append(RemotePath(name, self, _version(info)))
+            paths.append(RemotePath(name, self, version_of(info)))
         return sorted(paths)
 
     def read_start(self, path: RemotePath, num_bytes: int) -> bytes:
@@ -174,7 +178,7 @@ class RemoteFiles:
 
     def _fetch(self, path: RemotePath, start: int, stop: int) -> bytes:
         def read() -> bytes:
-            raw: bytes = _file_system(path).cat_file(path, start=start, end=stop)
+            raw: bytes = self._system(path).cat_file(path, start=start, end=stop)
             if len(raw) == path.num_bytes:
                 raw = raw[start:stop]  # a server that does not know ranges sends everything
             if len(raw) != stop - start:
@@ -184,19 +188,25 @@ class RemoteFiles:
         return self._retried(path, read)
 
     def _check_version(self, path: RemotePath) -> None:
-        system = _file_system(path)
-
-        def look() -> dict[str, Any]:
-            system.invalidate_cache()
-            info: dict[str, Any] = system.info(path)
-            return info
-
-        if _version(self._retried(path, look)) != path.version:
+        if version_of(self._info(path)) != path.version:
             raise DataError(
                 "the source changed after the corpus was listed",
                 where=path,
                 remedy="start again, and leave corpora alone while a run reads them",
             )
+
+    def _info(self, url: str) -> dict[str, Any]:
+        system = self._system(url)
+
+        def look() -> dict[str, Any]:
+            system.invalidate_cache()
+            info: dict[str, Any] = system.info(url)
+            return info
+
+        return self._retried(url, look)
+
+    def _system(self, url: str) -> Any:
+        return file_system(url, self.silence_seconds)
 
     def _make_room(self, num_bytes: int) -> None:
         found = []
@@ -328,33 +338,6 @@ def check_scheme(url: str, *, allow_https: bool) -> None:
             where=url,
             remedy=f"pip install {PACKAGES[scheme]}",
         )
-
-
-def _file_system(url: str) -> Any:
-    import fsspec
-
-    return fsspec.core.url_to_fs(str(url), use_listings_cache=False)[0]
-
-
-def _listed(system: Any, url: str, is_wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
-    """Infos of files by URL."""
-    system.invalidate_cache()
-    if any(sign in url for sign in "*?["):
-        found = system.glob(url, detail=True)
-    elif url.startswith("http") or system.isfile(url):  # a web server has no folders
-        found = {url: system.info(url)}
-    else:
-        found = {name: info for name, info in system.find(url, detail=True).items() if is_wanted(name)}
-    files = {name: info for name, info in found.items() if info.get("type") != "directory"}
-    if not files:
-        raise FileNotFoundError(url)
-    return {system.unstrip_protocol(name): info for name, info in files.items()}
-
-
-def _version(info: dict[str, Any]) -> str:
-    """Size and what else tells two versions of a file apart, as `records.file_version` puts it."""
-    mark = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
-    return f"{info.get('size')}.{mark.strip(chr(34))}"
 
 
 def _size(path: Path) -> int | None:

@@ -83,4 +83,6 @@ def explained(url: str, give_up_seconds: float) -> Iterator[None]:
 
 
 def _said(error: BaseException | None) -> str:
+    if error is not None and not str(error) and error.__cause__ is not None:
+        return _said(error.__cause__)  # a timeout, of which only the cause says where
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
