@@ -13,14 +13,14 @@ import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import tenacity
 
+from lmssl.data.cancel import attended, locked, never, pause
 from lmssl.data.remote_errors import explained, is_passing, unmasked
 from lmssl.data.remote_listing import file_system, listed, version_of
 from lmssl.errors import DataError
@@ -75,6 +75,11 @@ class RemoteFiles:
     """Asked for at a time, and kept or removed together."""
     silence_seconds: float = _SILENCE_SECONDS
     """After which a web server that sends nothing is asked again."""
+    cancelled: Callable[[], bool] = field(default=never, compare=False, repr=False)
+    """Once it is true, downloading in any thread stops early with `Cancelled`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cancelled": never}  # which is for the threads of one process
 
     def list_files(self, url: str, is_wanted: Callable[[str], bool]) -> list[RemotePath]:
         """The files behind a URL, a pattern, or a folder, sorted; of a folder those that are wanted.
@@ -82,8 +87,7 @@ class RemoteFiles:
         Raises:
             DataError: the scheme is not read, its package is missing, nothing is found, or access is denied.
         """
-        system = self._system(url)
-        found = self._retried(url, lambda: listed(system, url, is_wanted))
+        found = self._retried(url, lambda system: listed(system, url, is_wanted))
         paths = []
         for name, listed_info in found.items():
             info = self._info(name) if listed_info.get("size") is None else listed_info
@@ -151,7 +155,7 @@ class RemoteFiles:
     def _download(self, path: RemotePath, start: int, stop: int, place: Path) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._lock(place.with_name(f".lock-{place.name[:2]}")):
+            with locked(place.with_name(f".lock-{place.name[:2]}"), self.cancelled):
                 if _size(place) == stop - start:  # another process was faster
                     return
                 self._check_version(path)
@@ -167,7 +171,7 @@ class RemoteFiles:
 
     def _store(self, raw: bytes, place: Path) -> None:
         """Write a block; one process at a time, so that the folder does not change while it is measured."""
-        with self._lock(self.folder / ".lock-room"):
+        with locked(self.folder / ".lock-room", self.cancelled):
             self._make_room(len(raw))
             partial = place.with_name(f".part-{place.name}")
             with partial.open("wb") as file:
@@ -177,8 +181,8 @@ class RemoteFiles:
             partial.rename(place)
 
     def _fetch(self, path: RemotePath, start: int, stop: int) -> bytes:
-        def read() -> bytes:
-            raw: bytes = self._system(path).cat_file(path, start=start, end=stop)
+        def read(system: Any) -> bytes:
+            raw: bytes = system.cat_file(path, start=start, end=stop)
             if len(raw) == path.num_bytes:
                 raw = raw[start:stop]  # a server that does not know ranges sends everything
             if len(raw) != stop - start:
@@ -196,17 +200,12 @@ class RemoteFiles:
             )
 
     def _info(self, url: str) -> dict[str, Any]:
-        system = self._system(url)
-
-        def look() -> dict[str, Any]:
+        def look(system: Any) -> dict[str, Any]:
             system.invalidate_cache()
             info: dict[str, Any] = system.info(url)
             return info
 
         return self._retried(url, look)
-
-    def _system(self, url: str) -> Any:
-        return file_system(url, self.silence_seconds)
 
     def _make_room(self, num_bytes: int) -> None:
         found = []
@@ -225,21 +224,22 @@ class RemoteFiles:
                 remedy=f"raise data.remote_cache_bytes, now {self.max_bytes:,}",
             )
 
-    def _retried(self, url: str, attempt: Callable[[], Result]) -> Result:
+    def _retried(self, url: str, ask: Callable[[Any], Result]) -> Result:
+        """What the file system of a URL answers."""
+
+        def attempt() -> Result:
+            system = file_system(url, self.silence_seconds)  # in this thread, because each has its own for good
+            return attended(lambda: ask(system), self.cancelled)
+
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self.give_up_seconds),
             wait=tenacity.wait_exponential(self.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
             retry=tenacity.retry_if_exception(is_passing),
+            sleep=lambda seconds: pause(seconds, self.cancelled),
         )
         with explained(url, self.give_up_seconds):
             result: Result = retrying(unmasked, url, attempt)
             return result
-
-    @contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 class _Ranges(io.RawIOBase):
