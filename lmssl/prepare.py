@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lmssl.data import fork_server
 from lmssl.data.cache import ChunkCache, Claim
+from lmssl.data.cancel import never
 from lmssl.data.chunk import Chunk
 from lmssl.data.corpus import Unit, check_first_record, list_units
 from lmssl.data.remote import RemoteFiles
@@ -179,14 +180,10 @@ class _Settings:
             load_tokenizer(self.tokenizer),
             max_bad_records=self.section.max_bad_records,
             report=report,
-            cancelled=_never,
+            cancelled=never,
             evaluation=evaluation_text(self.section, report),
             all_cores=all_cores,
         )
-
-
-def _never() -> bool:
-    return False
 
 
 class _Pool:

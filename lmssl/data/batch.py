@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lmssl.data import fork_server
-from lmssl.data.cache import Cancelled
+from lmssl.data.cancel import Cancelled
 from lmssl.data.layout import Layout
 from lmssl.data.order import kept_position
 from lmssl.data.stream import SequenceStream

@@ -5,15 +5,13 @@ Folders are built beside their place and renamed into it, so whatever stands the
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from lmssl.data.cancel import check, locked
 from lmssl.data.chunk import (
     CHUNK_FORMAT,
     DOCUMENT_FIELDS,
@@ -44,12 +43,6 @@ from lmssl.tokenizer.load import Tokenizer
 
 if TYPE_CHECKING:
     from lmssl.data.overlaps import EvaluationText
-
-_LOCK_SECONDS = 0.05
-
-
-class Cancelled(Exception):
-    """Building was interrupted from another thread; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -263,8 +256,7 @@ class ChunkCache:
             return self._encoder
 
     def _check_cancelled(self) -> None:
-        if self._cancelled():
-            raise Cancelled
+        check(self._cancelled)
 
     def _prepare_root(self) -> None:
         try:
@@ -275,18 +267,9 @@ class ChunkCache:
         except OSError as error:
             raise _unwritable(self._root, error) from error
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """One builder per chunk on this machine; the kernel releases the lock of a dead process."""
-        with (self._root / "locks" / f"{name[:3]}.lock").open("a") as file:
-            while True:
-                self._check_cancelled()
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(_LOCK_SECONDS)
-            yield
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        """One builder per chunk on this machine."""
+        return locked(self._root / "locks" / f"{name[:3]}.lock", self._cancelled)
 
 
 def _unwritable(root: Path, error: OSError) -> DataError:

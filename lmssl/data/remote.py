@@ -7,20 +7,22 @@ part. Blocks that were not read for the longest time make room; an open one hold
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import tenacity
 
+from lmssl.data.cancel import attended, locked, never, pause
 from lmssl.data.remote_errors import explained, is_passing, unmasked
+from lmssl.data.remote_listing import file_system, listed, version_of
 from lmssl.errors import DataError
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp"}
@@ -30,7 +32,7 @@ _BLOCK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
 _GIVE_UP_SECONDS = 300.0
 _LONGEST_WAIT_SECONDS = 60.0
-_VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
+_SILENCE_SECONDS = 30.0
 Result = TypeVar("Result")
 
 
@@ -71,6 +73,13 @@ class RemoteFiles:
     """Before the second attempt; doubles from there, up to a minute."""
     block_bytes: int = _BLOCK_BYTES
     """Asked for at a time, and kept or removed together."""
+    silence_seconds: float = _SILENCE_SECONDS
+    """After which a web server that sends nothing is asked again."""
+    cancelled: Callable[[], bool] = field(default=never, compare=False, repr=False)
+    """Once it is true, downloading in any thread stops early with `Cancelled`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cancelled": never}  # which is for the threads of one process
 
     def list_files(self, url: str, is_wanted: Callable[[str], bool]) -> list[RemotePath]:
         """The files behind a URL, a pattern, or a folder, sorted; of a folder those that are wanted.
@@ -78,13 +87,13 @@ class RemoteFiles:
         Raises:
             DataError: the scheme is not read, its package is missing, nothing is found, or access is denied.
         """
-        system = _file_system(url)
-        found = self._retried(url, lambda: _listed(system, url, is_wanted))
+        found = self._retried(url, lambda system: listed(system, url, is_wanted))
         paths = []
-        for name, info in found.items():
+        for name, listed_info in found.items():
+            info = self._info(name) if listed_info.get("size") is None else listed_info
             if info.get("size") is None:
                 raise DataError("the server does not say how large the file is", where=name, remedy="download it first")
-            paths.append(RemotePath(name, self, _version(info)))
+            paths.append(RemotePath(name, self, version_of(info)))
         return sorted(paths)
 
     def read_start(self, path: RemotePath, num_bytes: int) -> bytes:
@@ -133,11 +142,10 @@ class RemoteFiles:
             fcntl.flock(file, fcntl.LOCK_SH)  # until it is closed; see `_make_room`
             status = os.fstat(file.fileno())
             if status.st_nlink and status.st_size == stop - start:
-                os.utime(place)
+                os.utime(file.fileno())
                 return cast(BinaryIO, file)
             file.close()  # removed between opening and locking, or cut short by something else
-            if status.st_nlink:
-                place.unlink(missing_ok=True)
+            self._download(path, start, stop, place)
 
     def _place(self, path: RemotePath, number: int) -> Path:
         what = f"{path}\n{path.version}\n{self.block_bytes}\n{number}"
@@ -147,20 +155,13 @@ class RemoteFiles:
     def _download(self, path: RemotePath, start: int, stop: int, place: Path) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._lock(place.with_name(f".lock-{place.name[:2]}")):
-                if place.exists():  # another process was faster
+            with locked(place.with_name(f".lock-{place.name[:2]}"), self.cancelled):
+                if _size(place) == stop - start:  # another process was faster
                     return
                 self._check_version(path)
                 raw = self._fetch(path, start, stop)
                 self._check_version(path)  # or the block might belong to another version
-                partial = place.with_name(f".part-{place.name}")
-                self._make_room(len(raw), keep=partial)
-                with partial.open("wb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # or another download might make room with it
-                    file.write(raw)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.rename(place)
+                self._store(raw, place)
         except OSError as error:
             raise DataError(
                 f"the download cannot be written: {error.strerror or error}",
@@ -168,9 +169,20 @@ class RemoteFiles:
                 remedy="free space or fix permissions there, or set data.cache to another folder",
             ) from error
 
+    def _store(self, raw: bytes, place: Path) -> None:
+        """Write a block; one process at a time, so that the folder does not change while it is measured."""
+        with locked(self.folder / ".lock-room", self.cancelled):
+            self._make_room(len(raw))
+            partial = place.with_name(f".part-{place.name}")
+            with partial.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(place)
+
     def _fetch(self, path: RemotePath, start: int, stop: int) -> bytes:
-        def read() -> bytes:
-            raw: bytes = _file_system(path).cat_file(path, start=start, end=stop)
+        def read(system: Any) -> bytes:
+            raw: bytes = system.cat_file(path, start=start, end=stop)
             if len(raw) == path.num_bytes:
                 raw = raw[start:stop]  # a server that does not know ranges sends everything
             if len(raw) != stop - start:
@@ -180,27 +192,31 @@ class RemoteFiles:
         return self._retried(path, read)
 
     def _check_version(self, path: RemotePath) -> None:
-        system = _file_system(path)
-
-        def look() -> dict[str, Any]:
-            system.invalidate_cache()
-            info: dict[str, Any] = system.info(path)
-            return info
-
-        if _version(self._retried(path, look)) != path.version:
+        if version_of(self._info(path)) != path.version:
             raise DataError(
                 "the source changed after the corpus was listed",
                 where=path,
                 remedy="start again, and leave corpora alone while a run reads them",
             )
 
-    def _make_room(self, num_bytes: int, keep: Path) -> None:
-        files = [path for path in self.folder.iterdir() if not path.name.startswith(".lock-") and path != keep]
-        sizes = {path: path.stat() for path in files}
-        excess = sum(status.st_size for status in sizes.values()) + num_bytes - self.max_bytes
-        for path in sorted(files, key=lambda path: sizes[path].st_mtime_ns):
-            if excess > 0 and _remove_unused(path):
-                excess -= sizes[path].st_size
+    def _info(self, url: str) -> dict[str, Any]:
+        def look(system: Any) -> dict[str, Any]:
+            system.invalidate_cache()
+            info: dict[str, Any] = system.info(url)
+            return info
+
+        return self._retried(url, look)
+
+    def _make_room(self, num_bytes: int) -> None:
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # whoever else cleans up here takes no lock
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in found) + num_bytes - self.max_bytes
+        for _, size, path in sorted(found):
+            if excess > 0 and not path.name.startswith(".lock-") and _remove_unused(path):
+                excess -= size
         if excess > 0:
             raise DataError(
                 f"a download of {num_bytes:,} bytes does not fit: {excess:,} bytes too many beside those in use",
@@ -208,21 +224,22 @@ class RemoteFiles:
                 remedy=f"raise data.remote_cache_bytes, now {self.max_bytes:,}",
             )
 
-    def _retried(self, url: str, attempt: Callable[[], Result]) -> Result:
+    def _retried(self, url: str, ask: Callable[[Any], Result]) -> Result:
+        """What the file system of a URL answers."""
+
+        def attempt() -> Result:
+            system = file_system(url, self.silence_seconds)  # in this thread, because each has its own for good
+            return attended(lambda: ask(system), self.cancelled)
+
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self.give_up_seconds),
             wait=tenacity.wait_exponential(self.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
             retry=tenacity.retry_if_exception(is_passing),
+            sleep=lambda seconds: pause(seconds, self.cancelled),
         )
         with explained(url, self.give_up_seconds):
             result: Result = retrying(unmasked, url, attempt)
             return result
-
-    @contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 class _Ranges(io.RawIOBase):
@@ -323,39 +340,22 @@ def check_scheme(url: str, *, allow_https: bool) -> None:
         )
 
 
-def _file_system(url: str) -> Any:
-    import fsspec
-
-    return fsspec.core.url_to_fs(str(url), use_listings_cache=False)[0]
-
-
-def _listed(system: Any, url: str, is_wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
-    """Infos of files by URL."""
-    system.invalidate_cache()
-    if any(sign in url for sign in "*?["):
-        found = system.glob(url, detail=True)
-    elif url.startswith("http") or system.isfile(url):  # a web server has no folders
-        found = {url: system.info(url)}
-    else:
-        found = {name: info for name, info in system.find(url, detail=True).items() if is_wanted(name)}
-    files = {name: info for name, info in found.items() if info.get("type") != "directory"}
-    if not files:
-        raise FileNotFoundError(url)
-    return {system.unstrip_protocol(name): info for name, info in files.items()}
-
-
-def _version(info: dict[str, Any]) -> str:
-    """Size and what else tells two versions of a file apart, as `records.file_version` puts it."""
-    mark = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
-    return f"{info.get('size')}.{mark.strip(chr(34))}"
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None: it is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _remove_unused(path: Path) -> bool:
     """Delete a file unless somebody reads it."""
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # NFS gives this lock to writers alone
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+    except FileNotFoundError:  # its room is free as well
+        return True
     except OSError:
         return False
     return True

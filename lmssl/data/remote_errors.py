@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import tenacity
 
+from lmssl.data.cancel import Cancelled
 from lmssl.errors import DataError
 
-_REFUSED = (FileNotFoundError, PermissionError, ImportError, TypeError, ValueError, DataError)
+_REFUSED = (FileNotFoundError, PermissionError, ImportError, TypeError, ValueError, DataError, Cancelled)
 _NO_ACCESS = ("NoCredentialsError", "CredentialRetrievalError")
 Result = TypeVar("Result")
 
@@ -70,7 +71,7 @@ def explained(url: str, give_up_seconds: float) -> Iterator[None]:
             where=url,
             remedy="check the spelling and, for another server than the provider's, its endpoint",
         ) from error
-    except DataError:
+    except (DataError, Cancelled):
         raise
     except Exception as error:
         if _is_refusal(error):
@@ -83,4 +84,6 @@ def explained(url: str, give_up_seconds: float) -> Iterator[None]:
 
 
 def _said(error: BaseException | None) -> str:
+    if error is not None and not str(error) and error.__cause__ is not None:
+        return _said(error.__cause__)  # a timeout, of which only the cause says where
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -115,7 +115,8 @@ class SequenceStream:
         evaluation = evaluation_text(section, say)
         column = None if evaluation is None else evaluation.column
         layout = Layout.of(section, tokenizer, seed, column, seps_per_segment)
-        remote = RemoteFiles(Path(os.path.expanduser(cache_dir)) / "remote", section.remote_cache_bytes)
+        cancel, folder = threading.Event(), Path(os.path.expanduser(cache_dir))
+        remote = RemoteFiles(folder / "remote", section.remote_cache_bytes, cancelled=cancel.is_set)
         units = _list_units(section.mixture, section, remote)
         for line in chain.from_iterable(map(source_notes, units)):
             say(line)
@@ -123,9 +124,8 @@ class SequenceStream:
         begun = () if ledger is None else continued(ledger, settings, units, section, read_positions)
         ledger = ledger or Ledger((), settings, mark_files(units))
         ledger.settings = settings
-        cancel = threading.Event()
         cache = ChunkCache(
-            Path(os.path.expanduser(cache_dir)),
+            folder,
             tokenizer,
             max_bad_records=section.max_bad_records,
             report=say,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lmssl.data.batch import SequenceBatch, num_micro_batches, training_batches, validation_batches
-from lmssl.data.cache import Cancelled
+from lmssl.data.cancel import Cancelled
 from lmssl.data.ledger import Ledger
 from lmssl.data.order import kept_position, permutation
 from lmssl.data.stream import SequenceStream

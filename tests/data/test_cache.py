@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lmssl.data import chunk as module
-from lmssl.data.cache import Cancelled, ChunkCache, Claim
+from lmssl.data.cache import ChunkCache, Claim
+from lmssl.data.cancel import Cancelled
 from lmssl.data.chunk import Chunk, bad_records, read_chunk, text_hash
 from lmssl.data.corpus import Unit, list_units
 from lmssl.errors import DataError

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmssl.data.cache import Cancelled, ChunkCache
+from lmssl.data.cache import ChunkCache
+from lmssl.data.cancel import Cancelled
 from lmssl.data.ledger import Ledger
 from lmssl.data.stream import SequenceStream
 from lmssl.data.window import Row
