@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from lmssl.data.corpus import Unit, cut_sections, list_units, mixture_weights, read_chunks, read_texts
 from lmssl.data.records import Format, Part
 from lmssl.errors import DataError
-from lmssl.recipe.data import DatasetsCorpus, JsonlCorpus, TextCorpus
+from lmssl.recipe.data import DatasetsCorpus, JsonlCorpus, ParquetCorpus, TextCorpus
 
 
 @given(
@@ -32,11 +33,20 @@ def test_sections_end_at_blank_lines_then_lines_then_words() -> None:
     assert all(section.endswith(b" ") for _, section in cut_sections(b"aaa " * 20, 20)[:-1])
 
 
+@pytest.mark.parametrize("kind", [TextCorpus, JsonlCorpus, ParquetCorpus, DatasetsCorpus])
+@pytest.mark.parametrize("section_bytes", [-1, 0, 255])
+def test_sections_of_no_size_are_refused(kind: Any, section_bytes: int) -> None:
+    name = kind.__name__.removesuffix("Corpus").lower()
+    with pytest.raises(ValidationError, match=r"section_bytes.*\n.*greater than or equal to 256"):
+        kind(name="a", kind=name, path="a", section_bytes=section_bytes)
+    assert kind(name="a", kind=name, path="a", section_bytes=256).section_bytes == 256
+
+
 def test_documents_know_where_they_come_from(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first file")
-    body = "\r\n\r\n".join(f"paragraph {i} é" for i in range(20))
+    body = "\r\n\r\n".join(f"paragraph {i} é" for i in range(100))
     (tmp_path / "b.txt").write_bytes(body.encode())
-    corpus = TextCorpus(name="a", kind="text", path=str(tmp_path), section_bytes=60)
+    corpus = TextCorpus(name="a", kind="text", path=str(tmp_path), section_bytes=256)
     (unit,) = list_units(corpus)
     (chunk,) = read_chunks(unit, max_bad_records=0)
     first, *rest = chunk.documents
