@@ -63,6 +63,24 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
     assert ([d.text for d in chunk.documents], chunk.num_empty) == (["x"], 2)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1024, 4096, 1 << 20])
+def test_a_stray_byte_costs_its_paragraph_however_large_chunks_are(tmp_path: Path, chunk_bytes: int) -> None:
+    paragraphs = [f"paragraph {i} of text\n\n".encode() for i in range(1000)]
+    for i in (3, 4, 500, 998):
+        paragraphs[i] = paragraphs[i].replace(b"of", b"\xe9f")
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"".join(paragraphs))
+    units = list_units(TextCorpus(name="a", kind="text", path=str(path)), chunk_bytes=chunk_bytes)
+    chunks = [chunk for unit in units for chunk in read_chunks(unit, max_bad_records=2 if len(units) > 1 else 4)]
+    assert [bad.start for chunk in chunks for _, bad in chunk.bad] == [
+        len(b"".join(paragraphs[:i])) for i in (3, 4, 500, 998)
+    ]
+    kept = b"".join(document.raw for chunk in chunks for document in chunk.documents)
+    assert kept.split() == b"".join(text for text in paragraphs if b"\xe9" not in text).split()
+    with pytest.raises(DataError, match="more than 1 unreadable records; one of them: not UTF-8: byte 0xe9 at byte 75"):
+        list(read_chunks(units[0], max_bad_records=1))
+
+
 def test_bad_records_of_a_chunk_are_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + "oops\n" * 3)
     (unit,) = list_units(JsonlCorpus(name="a", kind="jsonl", path=str(tmp_path / "a.jsonl")))
