@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lmssl.data import fork_server
-from lmssl.data.cache import ChunkCache, Claim
+from lmssl.data.cache import LOCKS_ARE_MISSING, ChunkCache, Claim
 from lmssl.data.chunk import Chunk
 from lmssl.data.corpus import Unit, check_first_record, list_units
 from lmssl.data.remote import RemoteFiles
@@ -229,7 +229,12 @@ def _open_worker(settings: _Settings) -> None:
     threading.Thread(target=_end_with_main, name="main process", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it and lets the chunk in work be finished
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # a pool that is broken ends its processes with it
-    _cache = settings.open(print, all_cores=False)
+    _cache = settings.open(_say_in_worker, all_cores=False)
+
+
+def _say_in_worker(line: str) -> None:
+    if not line.startswith(LOCKS_ARE_MISSING):  # which the main process says
+        print(line)
 
 
 def _end_with_main() -> None:
