@@ -201,8 +201,8 @@ class ChunkCache:
 
     def _write_folder(self, name: str, unit: Unit, text: ChunkText) -> Chunk:
         building = _temporary(self._path(name))
-        building.mkdir(parents=True)
         try:
+            building.mkdir(parents=True)
             _sweep(building)
             write = self._copy if isinstance(unit.form, TokenFormat) else self._write
             write(building, unit, text)
