@@ -93,6 +93,47 @@ def test_a_run_finds_what_was_prepared(path: Path) -> None:
     assert chunks(recipe) == there
 
 
+@pytest.mark.parametrize("processes", [False, True])
+def test_validation_sets_are_built_as_far_as_training_reads_them(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: bool
+) -> None:
+    if processes:
+        monkeypatch.setattr(prepare_module, "_MIN_POOL_BYTES", 0)
+    lines = [json.dumps({"text": f"question {i} of the exam, with {i * i} words"}) for i in range(4000)]
+    (tmp_path / "exam.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    sets = [{"name": "exam", "kind": "jsonl", "path": str(tmp_path / "exam.jsonl")}]
+    sets.append({"name": "other", "kind": "text", "path": str(tmp_path / "text" / "00.txt"), "section_bytes": 256})
+    counts = {}
+    for name, validation in (("none", None), ("sets", {"ratio": 0.1, "tokens": 5000, "sets": sets})):
+        recipe["data"] |= {"validation": validation, "cache": str(tmp_path / name)}
+        loaded = load_recipe(write_recipe(tmp_path / f"{name}.yaml", recipe)).recipe
+        counts[name] = run(loaded, workers=2)
+        assert counts[name].num_built == counts[name].num_chunks == len(chunks(loaded))
+        assert counts[name].built_tokens == counts[name].num_tokens
+    there = chunks(loaded)
+    all_chunks = len(lines) * 40 // recipe["data"]["chunk_bytes"]
+    assert 3 <= counts["sets"].num_chunks - counts["none"].num_chunks < all_chunks / 2
+    tokenizer = load_tokenizer(Path(loaded.tokenizer.path))
+    stream = SequenceStream.open(loaded.data, tokenizer, seed=loaded.data_seed, cache_dir=Path(loaded.data.cache))
+    assert [split.num_tokens > 0 for split in stream.validation_sets()] == [True, True]
+    stream.validation()
+    assert chunks(loaded) == there
+    again = run(loaded)
+    assert (again.num_built, again.num_chunks) == (0, len(there))
+
+
+def test_a_misnamed_validation_set_stops_before_the_work(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "exam.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    sets = [{"name": "exam", "kind": "jsonl", "path": str(tmp_path / "exam.jsonl")}]
+    recipe["data"]["validation"] = {"ratio": 0.1, "sets": sets}
+    loaded = load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)).recipe
+    with pytest.raises(DataError, match="body"):
+        run(loaded)
+    assert chunks(loaded) == {}
+
+
 def test_ranks_share_the_work(path: Path) -> None:
     recipe = load_recipe(path).recipe
     environment = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "HF_HUB_OFFLINE": "1"}
