@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
@@ -21,14 +21,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lmssl.data import fork_server
-from lmssl.data.cache import ChunkCache, Claim
+from lmssl.data.cache import LOCKS_ARE_MISSING, ChunkCache, Claim
 from lmssl.data.cancel import never
 from lmssl.data.chunk import Chunk
 from lmssl.data.corpus import Unit, check_first_record, list_units
+from lmssl.data.layout import Layout
 from lmssl.data.remote import RemoteFiles
-from lmssl.data.stream import evaluation_text
+from lmssl.data.stream import evaluation_text, list_sets, open_sets
+from lmssl.data.validation import set_chunks
 from lmssl.errors import DataError
 from lmssl.recipe.data import DataSection
+from lmssl.recipe.objective import seps_per_segment
 from lmssl.recipe.sections import Recipe
 from lmssl.shipped import find
 from lmssl.tokenizer.load import load_tokenizer
@@ -72,10 +75,10 @@ def prepare(
     report: Callable[[str], None],
     console: Console | None,
 ) -> Prepared:
-    """Build every chunk of every corpus; returns the sums over all units, built here or elsewhere.
+    """Build every chunk of every corpus, and what evaluation reads of `validation.sets`; returns the sums over all.
 
     Each rank begins at its own share and then goes through the others', so that slow ranks are helped. What another
-    process has in work is waited for.
+    process has in work is waited for, and what it has built is counted.
 
     Args:
         workers: cores of this rank to use; 1 builds in this thread.
@@ -90,6 +93,7 @@ def prepare(
     listed = [list_units(corpus, chunk_bytes=section.chunk_bytes, remote=remote) for corpus in section.mixture]
     for corpus_units in listed:
         check_first_record(corpus_units)
+    sets = list_sets(section, remote)
     units = [unit for corpus_units in listed for unit in corpus_units]
     first = len(units) * rank // world_size
     own = units[first:] + units[:first]
@@ -98,11 +102,27 @@ def prepare(
     progress = _Progress(num_bytes, clock, console)
     if workers == 1 or num_bytes < _MIN_POOL_BYTES or len(units) < 2 * workers:
         threads = 1 if workers == 1 else min(workers, _MAX_THREADS) + 1
-        done = build_units(settings.open(report, all_cores=True), own, threads=threads)
-        return _follow(done, units, section.max_bad_records, progress)
-    with _Pool(settings, workers - 1) as pool:
-        done = pool.run(own, settings.open(report, all_cores=False))
-        return _follow(done, units, section.max_bad_records, progress)
+        cache = settings.open(report, all_cores=True)
+        found = _follow(build_units(cache, own, threads=threads), units, section.max_bad_records, progress)
+    else:
+        with _Pool(settings, workers - 1) as pool:
+            cache = settings.open(report, all_cores=False)
+            found = _follow(pool.run(own, cache), units, section.max_bad_records, progress)
+    return found + _build_sets(recipe, sets, cache)
+
+
+def _build_sets(recipe: Recipe, listed: Sequence[Sequence[Unit]], cache: ChunkCache) -> Prepared:
+    """Build the chunks that training will read of `validation.sets`, up to its budget of tokens."""
+    section, total = recipe.data, Prepared()
+    if section.validation is None or not listed:
+        return total
+    tokenizer, seps = load_tokenizer(find(recipe.tokenizer.path)), seps_per_segment(recipe.objective)
+    layout = Layout.of(section, tokenizer, recipe.data_seed, seps_per_segment=seps)
+    sets, before = open_sets(listed, section, layout, cache), cache.num_built
+    for chunk in set_chunks(sets, layout, budget_tokens=section.validation.tokens):
+        num_built, before = cache.num_built - before, cache.num_built
+        total += replace(_counts(chunk), num_built=num_built, built_tokens=chunk.meta.num_tokens * num_built)
+    return total
 
 
 def build_units(cache: ChunkCache, units: Iterable[Unit], *, threads: int) -> Iterator[tuple[Unit, Prepared]]:
@@ -226,7 +246,12 @@ def _open_worker(settings: _Settings) -> None:
     threading.Thread(target=_end_with_main, name="main process", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it and lets the chunk in work be finished
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # a pool that is broken ends its processes with it
-    _cache = settings.open(print, all_cores=False)
+    _cache = settings.open(_say_in_worker, all_cores=False)
+
+
+def _say_in_worker(line: str) -> None:
+    if not line.startswith(LOCKS_ARE_MISSING):  # which the main process says
+        print(line)
 
 
 def _end_with_main() -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lmssl import prepare as prepare_module
 from lmssl.cli import main
+from lmssl.data.cache import LOCKS_ARE_MISSING
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import DataError
 from lmssl.prepare import Prepared, prepare
@@ -92,6 +93,47 @@ def test_a_run_finds_what_was_prepared(path: Path) -> None:
     assert chunks(recipe) == there
 
 
+@pytest.mark.parametrize("processes", [False, True])
+def test_validation_sets_are_built_as_far_as_training_reads_them(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: bool
+) -> None:
+    if processes:
+        monkeypatch.setattr(prepare_module, "_MIN_POOL_BYTES", 0)
+    lines = [json.dumps({"text": f"question {i} of the exam, with {i * i} words"}) for i in range(4000)]
+    (tmp_path / "exam.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    sets = [{"name": "exam", "kind": "jsonl", "path": str(tmp_path / "exam.jsonl")}]
+    sets.append({"name": "other", "kind": "text", "path": str(tmp_path / "text" / "00.txt"), "section_bytes": 256})
+    counts = {}
+    for name, validation in (("none", None), ("sets", {"ratio": 0.1, "tokens": 5000, "sets": sets})):
+        recipe["data"] |= {"validation": validation, "cache": str(tmp_path / name)}
+        loaded = load_recipe(write_recipe(tmp_path / f"{name}.yaml", recipe)).recipe
+        counts[name] = run(loaded, workers=2)
+        assert counts[name].num_built == counts[name].num_chunks == len(chunks(loaded))
+        assert counts[name].built_tokens == counts[name].num_tokens
+    there = chunks(loaded)
+    all_chunks = len(lines) * 40 // recipe["data"]["chunk_bytes"]
+    assert 3 <= counts["sets"].num_chunks - counts["none"].num_chunks < all_chunks / 2
+    tokenizer = load_tokenizer(Path(loaded.tokenizer.path))
+    stream = SequenceStream.open(loaded.data, tokenizer, seed=loaded.data_seed, cache_dir=Path(loaded.data.cache))
+    assert [split.num_tokens > 0 for split in stream.validation_sets()] == [True, True]
+    stream.validation()
+    assert chunks(loaded) == there
+    again = run(loaded)
+    assert (again.num_built, again.num_chunks) == (0, len(there))
+
+
+def test_a_misnamed_validation_set_stops_before_the_work(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "exam.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    sets = [{"name": "exam", "kind": "jsonl", "path": str(tmp_path / "exam.jsonl")}]
+    recipe["data"]["validation"] = {"ratio": 0.1, "sets": sets}
+    loaded = load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)).recipe
+    with pytest.raises(DataError, match="body"):
+        run(loaded)
+    assert chunks(loaded) == {}
+
+
 def test_ranks_share_the_work(path: Path) -> None:
     recipe = load_recipe(path).recipe
     environment = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "HF_HUB_OFFLINE": "1"}
@@ -162,7 +204,7 @@ def test_stopping_loses_at_most_the_chunk_in_work(path: Path, signal_number: int
     after = run(recipe)
     assert after.num_built == after.num_chunks - len(there)
     assert chunks(recipe).items() >= there.items()
-    assert not [folder for folder in Path(recipe.data.cache).rglob(".tmp-*") if (folder / "meta.json").exists()]
+    assert len(list(Path(recipe.data.cache).rglob(".tmp-*"))) <= 1
 
 
 KILLED = """
@@ -229,6 +271,12 @@ def test_bad_records_beyond_the_limit_stop_it(tmp_path: Path) -> None:
 def test_zero_workers_are_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(path), "--workers", "0"]) == 2
     assert "--workers" in capsys.readouterr().err
+
+
+def test_workers_leave_it_to_the_main_process_that_locks_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (f"{LOCKS_ARE_MISSING} /cache", "another line"):
+        prepare_module._say_in_worker(line)
+    assert capsys.readouterr().out == "another line\n"
 
 
 def content(recipe: Recipe) -> dict[str, bytes]:

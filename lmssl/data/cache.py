@@ -5,13 +5,14 @@ Folders are built beside their place and renamed into it, so whatever stands the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,13 @@ from lmssl.tokenizer.load import Tokenizer
 if TYPE_CHECKING:
     from lmssl.data.overlaps import EvaluationText
 
+LOCKS_ARE_MISSING = "there are no locks on the file system of"
+"""How the line begins that `report` hears once, where `flock` is not supported."""
+
+_TEMPORARY = ".tmp-"
+_ABANDONED_SECONDS = 3600.0
+"""Nothing is written for so long into the folder of a builder that was killed; others write all the time."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -58,7 +66,7 @@ class Claim:
 
 
 class ChunkCache:
-    """Chunks of one tokenizer below one folder; `report` hears of chunks that are built again.
+    """Chunks of one tokenizer below one folder; `report` hears of chunks that are built again, and of missing locks.
 
     `all_cores=False`: other processes keep the other cores busy.
     """
@@ -86,6 +94,7 @@ class ChunkCache:
         self._encoder: Encoder | None = None
         self._opening = threading.Lock()
         self._verified: set[str] = set()
+        self._said_that_locks_are_missing = False
         self._one_at_a_time = threading.Lock()  # open units serve one thread
         self._reading: dict[Unit, tuple[int, Iterator[ChunkText]]] = {}
         self._prepare_root()
@@ -162,7 +171,7 @@ class ChunkCache:
         if not path.is_dir():
             return None
         chunk = read_chunk(path)
-        if chunk is not None and (name in self._verified or chunk_checksum(path) == chunk.meta.checksum):
+        if chunk is not None and (name in self._verified or _is_whole(chunk)):
             self._verified.add(name)
             return chunk
         return None
@@ -184,26 +193,55 @@ class ChunkCache:
             raise _unwritable(self._root, error) from error
 
     def _write_folder(self, name: str, unit: Unit, text: ChunkText) -> Chunk:
-        target = self._path(name)
-        for stale in target.parent.glob(f".tmp-{name}-*"):
-            shutil.rmtree(stale)
-        building = target.parent / f".tmp-{name}-{uuid.uuid4().hex}"
-        building.mkdir(parents=True)
+        building = _temporary(self._path(name))
         try:
+            building.mkdir(parents=True)
+            _sweep(building)
             write = self._copy if isinstance(unit.form, TokenFormat) else self._write
             write(building, unit, text)
-            if target.exists():
-                self._report(f"cached chunk {target} is damaged; building it again")
-                shutil.rmtree(target)
-            building.rename(target)
+            chunk = read_chunk(building)
+            assert chunk is not None
+            there = self._put(name, building)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
+        if there is not None:
+            shutil.rmtree(building, ignore_errors=True)
+            return there
         self._verified.add(name)
         self.num_built += 1
-        chunk = read_chunk(target)
-        assert chunk is not None
-        return chunk
+        return replace(chunk, path=self._path(name))
+
+    def _put(self, name: str, building: Path) -> Chunk | None:
+        """Rename a chunk into its place; returned is what a builder put there who was faster, for lack of locks."""
+        target = self._path(name)
+        while True:
+            try:
+                building.rename(target)
+                return None
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            found = self._open(name)
+            if found is not None:
+                return found
+            self._remove_damaged(target)
+            self._check_cancelled()
+
+    def _remove_damaged(self, target: Path) -> None:
+        """Remove a chunk under another name, because a whole one may come to stand in its place meanwhile."""
+        aside = _temporary(target)
+        try:
+            target.rename(aside)
+        except FileNotFoundError:
+            return
+        if _is_whole(read_chunk(aside)):  # it came while the damaged one was looked at
+            with suppress(OSError):
+                aside.rename(target)
+                return
+        else:
+            self._report(f"cached chunk {target} is damaged; building it again")
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _text(self, unit: Unit, index: int) -> ChunkText:
         """Read on where the last chunk of the unit ended, or from its start; ready-made tokens have no text."""
@@ -268,8 +306,33 @@ class ChunkCache:
             raise _unwritable(self._root, error) from error
 
     def _lock(self, name: str) -> AbstractContextManager[None]:
-        """One builder per chunk on this machine."""
-        return locked(self._root / "locks" / f"{name[:3]}.lock", self._cancelled)
+        """One builder per chunk where the file system has locks."""
+        return locked(self._root / "locks" / f"{name[:3]}.lock", self._cancelled, self._say_that_locks_are_missing)
+
+    def _say_that_locks_are_missing(self, error: OSError) -> None:
+        if not self._said_that_locks_are_missing:
+            self._said_that_locks_are_missing = True
+            self._report(f"{LOCKS_ARE_MISSING} {self._root} ({error.strerror}): others may build the same chunks")
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f"{_TEMPORARY}{target.name}-{uuid.uuid4().hex}")
+
+
+def _is_whole(chunk: Chunk | None) -> bool:
+    return chunk is not None and chunk_checksum(chunk.path) == chunk.meta.checksum
+
+
+def _sweep(building: Path) -> None:
+    """Remove what killed builders left beside a new folder, the time of which is now by the file system's own clock.
+
+    Where locks do nothing, a young folder may be in work on another machine.
+    """
+    now = building.stat().st_mtime
+    for folder in building.parent.glob(f"{_TEMPORARY}*"):
+        with suppress(OSError):  # another builder sweeps too
+            if now - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > _ABANDONED_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _unwritable(root: Path, error: OSError) -> DataError:

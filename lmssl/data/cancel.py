@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 _LOOK_SECONDS = 0.05
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 Result = TypeVar("Result")
 
 
@@ -47,9 +49,13 @@ def pause(seconds: float, cancelled: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def locked(path: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
+def locked(
+    path: Path, cancelled: Callable[[], bool], unsupported: Callable[[OSError], None] | None = None
+) -> Iterator[None]:
     """Hold a file's lock, which the kernel takes from a dead process.
 
+    Args:
+        unsupported: told where the file system has no locks, and then none is held; None: that is an error.
     Raises:
         Cancelled: before the lock was free.
     """
@@ -61,6 +67,11 @@ def locked(path: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(_LOOK_SECONDS)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS or unsupported is None:
+                    raise
+                unsupported(error)
+                break
         yield
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import BinaryIO
 
 import orjson
@@ -62,7 +63,7 @@ def _read_file(form: Format, part: Part) -> Iterator[Item]:
             if form.kind == "jsonl":
                 yield from _read_jsonl(_lines(file, part), form.field)
             else:
-                yield from _read_text(file, part, form.document)
+                yield from _read_text(file, part, form)
 
 
 def _lines(file: BinaryIO, part: Part, *, go_on: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -95,21 +96,86 @@ def _first_line(file: BinaryIO, part: Part) -> int | None:
     return None
 
 
-def _read_text(file: BinaryIO, part: Part, document: str | None) -> Iterator[Item]:
-    if document == "line":
+def _read_text(file: BinaryIO, part: Part, form: Format) -> Iterator[Item]:
+    if form.document == "line":
         pieces: Iterable[tuple[int, bytes]] = ((start, line.rstrip(b"\r\n")) for start, line in _lines(file, part))
-    elif document == "paragraph":
+    elif form.document == "paragraph":
         pieces = (_without_blank_lines(start, piece) for start, piece in _paragraphs(file, part))
-    elif part.start == 0 and part.stop is None:
-        pieces = [(0, file.read().removeprefix(_BOM))]
     else:
-        # A long file that will be cut into sections anyway: the paragraphs of this range, as one text.
-        pieces = _run_of_paragraphs(file, part)
+        yield from _read_whole(file, part, form.section_bytes)
+        return
     number = 0
     for start, piece in pieces:
         if piece and not piece.isspace():
             yield _decoded(piece, number, start)
             number += 1
+
+
+def _read_whole(file: BinaryIO, part: Part, section_bytes: int | None) -> Iterator[Item]:
+    """A file, or of a long one that will be cut into sections anyway the paragraphs of a range, as one text.
+
+    Text that will be cut into sections loses what is not UTF-8 and no more, and is several texts then.
+    """
+    if part.start == 0 and part.stop is None:
+        start, raw = 0, file.read()
+    else:
+        start, raw = _run_of_paragraphs(file, part)
+    if _is_empty(text := _without_mark(raw, start)):
+        return
+    item = _decoded(text, 0, start)
+    if isinstance(item, Record) or section_bytes is None:
+        yield item
+    else:
+        yield from _read_damaged(raw, start, section_bytes)
+
+
+def _read_damaged(raw: bytes, start: int, section_bytes: int) -> Iterator[Item]:
+    """What lies between the parts of a text that are not UTF-8, and these; `start` is the byte where it starts."""
+    number, done = 0, 0
+    for begin, end in chain(_bad_spans(raw, section_bytes), [(len(raw), len(raw))]):
+        if not _is_empty(text := _without_mark(raw[done:begin], start + done)):
+            yield Record(plain_ends(text), number, start + done)
+            number += 1
+        if begin < end:
+            yield _decoded(raw[begin:end], number, start + begin)
+            number += 1
+        done = end
+
+
+def _bad_spans(raw: bytes, section_bytes: int) -> Iterator[tuple[int, int]]:
+    """Paragraphs that are not UTF-8, and of one that would itself be cut into sections the lines that are not.
+
+    They follow from the text around them alone, wherever a file is cut into ranges.
+    """
+    for begin, end in _paragraph_spans(raw):
+        if is_utf8(raw[begin:end]):
+            continue
+        if end - begin <= section_bytes * 3 // 2:
+            yield begin, end
+            continue
+        while begin < end:
+            stop = raw.find(b"\n", begin, end) + 1 or end
+            if not is_utf8(raw[begin:stop]):
+                yield begin, stop
+            begin = stop
+
+
+def _paragraph_spans(raw: bytes) -> Iterator[tuple[int, int]]:
+    begin = 0
+    for blank in _BLANK_LINE.finditer(raw):
+        if begin < blank.start():
+            yield begin, blank.start()
+        begin = blank.end()
+    if begin < len(raw):
+        yield begin, len(raw)
+
+
+def _without_mark(raw: bytes, start: int) -> bytes:
+    return raw if start else raw.removeprefix(_BOM)
+
+
+def _is_empty(raw: bytes) -> bool:
+    return not raw or raw.isspace()
 
 
 def _paragraphs(file: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
@@ -132,11 +198,11 @@ def _paragraphs(file: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
         yield start, b"".join(held)
 
 
-def _run_of_paragraphs(file: BinaryIO, part: Part) -> list[tuple[int, bytes]]:
+def _run_of_paragraphs(file: BinaryIO, part: Part) -> tuple[int, bytes]:
     """What `_paragraphs` yields, joined: from the first blank line of the part to the first one behind it."""
     position = _first_line(file, part)
     if position is None:
-        return []
+        return part.start, b""
     block = file.read() if part.stop is None else file.read(part.stop - position)
     if block and not block.endswith(b"\n"):
         block += file.readline()
@@ -144,15 +210,14 @@ def _run_of_paragraphs(file: BinaryIO, part: Part) -> list[tuple[int, bytes]]:
     if part.start:
         found = _BLANK_LINE.search(block)
         if found is None:
-            return []
+            return part.start, b""
         start = found.start()
     behind: list[bytes] = []
     for line in file:
         if not line.strip():
             break
         behind.append(line)
-    run = block[start:] + b"".join(behind)
-    return [(position + start, run.removeprefix(_BOM) if position == 0 else run)]
+    return position + start, block[start:] + b"".join(behind)
 
 
 def _without_blank_lines(start: int, piece: bytes) -> tuple[int, bytes]:

@@ -142,8 +142,7 @@ class SequenceStream:
             num_sequences=lambda corpus: epochs[corpus].estimate_sequences(),
             begun=begun,
         )
-        set_units = _list_units(_sets(section), section, remote)
-        sets = [Epochs(listed, cache, layout, Ledger((), {}), **limits) for listed in set_units]
+        sets = open_sets(list_sets(section, remote), section, layout, cache)
         return cls(section, layout, Order(ledger.stages, seed), [*epochs.values()], ledger, say, cancel, sets)
 
     def address(self, position: int) -> Address:
@@ -320,8 +319,21 @@ class SequenceStream:
         return self._found_sets
 
 
-def _sets(section: DataSection) -> tuple[AnyCorpus, ...]:
-    return section.validation.sets if section.validation is not None else ()
+def list_sets(section: DataSection, remote: RemoteFiles) -> list[tuple[Unit, ...]]:
+    """The units of each of `validation.sets`, whose first records are looked at.
+
+    Raises:
+        DataError: see `list_units` and `check_first_record`.
+    """
+    return _list_units(section.validation.sets if section.validation is not None else (), section, remote)
+
+
+def open_sets(
+    listed: Sequence[Sequence[Unit]], section: DataSection, layout: Layout, cache: ChunkCache
+) -> list[Epochs]:
+    """Each of `validation.sets`, from its units."""
+    limits = {"window_chunks": section.window_chunks, "max_bad_records": section.max_bad_records}
+    return [Epochs(units, cache, layout, Ledger((), {}), **limits) for units in listed]
 
 
 def _list_units(corpora: Sequence[AnyCorpus], section: DataSection, remote: RemoteFiles) -> list[tuple[Unit, ...]]:

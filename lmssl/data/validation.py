@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from lmssl.data.chunk import Chunk
 from lmssl.data.epochs import Epochs
 from lmssl.data.layout import Layout
 from lmssl.data.order import Stage
@@ -94,15 +94,24 @@ def _part(budget_tokens: int, corpus: str, stages: Sequence[Stage]) -> int:
     return max(1, -(-budget_tokens * share // total))
 
 
+def set_chunks(corpora: Sequence[Epochs], layout: Layout, *, budget_tokens: int) -> Iterator[Chunk]:
+    """The chunks that `find_sets` reads, built as they are asked for."""
+    whole = replace(layout, held_out_ratio=1.0)
+    return (chunk for epochs in corpora for chunk, _ in _first_chunks(epochs, whole, budget_tokens))
+
+
 def _first_text(epochs: Epochs, layout: Layout, budget_tokens: int) -> ValidationSplit:
-    """Text up to a budget; chunks are read in an order of their own."""
-    paths: list[Path] = []
+    """Text up to a budget."""
+    paths = tuple(chunk.path for chunk, num_tokens in _first_chunks(epochs, layout, budget_tokens) if num_tokens)
+    return ValidationSplit(epochs.corpus, Window(WindowPlan(epochs.corpus, 0, 0, paths, budget_tokens), layout))
+
+
+def _first_chunks(epochs: Epochs, layout: Layout, budget_tokens: int) -> Iterator[tuple[Chunk, int]]:
+    """Chunks up to a budget, in an order of their own, each with its held-out tokens."""
     num_tokens = 0
     for chunk in epochs.chunks("validation"):
         found = Window(WindowPlan(epochs.corpus, 0, 0, (chunk.path,), budget_tokens), layout).num_document_tokens
-        if found:
-            paths.append(chunk.path)
-            num_tokens += found
+        yield chunk, found
+        num_tokens += found
         if num_tokens >= budget_tokens:
-            break
-    return ValidationSplit(epochs.corpus, Window(WindowPlan(epochs.corpus, 0, 0, tuple(paths), budget_tokens), layout))
+            return

@@ -11,6 +11,8 @@ from lmssl.recipe.base import AsTuple, Float, Int, Section
 from lmssl.recipe.batches import stage_starts
 
 Paths = Annotated[tuple[str, ...], AsTuple]
+SectionBytes = Annotated[Int, Field(ge=256)]
+"""Sections of a sentence or two at least; of none there would be no end."""
 
 
 class Corpus(Section):
@@ -38,7 +40,7 @@ class TextCorpus(Corpus):
     """Whether `path` may be an https URL, which is downloaded from whoever answers there."""
     document: Literal["file", "line", "paragraph"] = "file"
     """What one document is; paragraphs are separated by blank lines."""
-    section_bytes: Int | Literal["auto"] | None = "auto"
+    section_bytes: SectionBytes | Literal["auto"] | None = "auto"
     """Cut longer documents into sections near this size, at paragraph ends.
 
     `auto`: 65,536 for fewer than 1,000 whole-file documents."""
@@ -53,7 +55,7 @@ class JsonlCorpus(Corpus):
     """Whether `path` may be an https URL, which is downloaded from whoever answers there."""
     field: str = "text"
     """Name of the text field."""
-    section_bytes: Int | None = None
+    section_bytes: SectionBytes | None = None
     """Cut longer documents into sections near this size, at paragraph ends."""
 
 
@@ -66,7 +68,7 @@ class ParquetCorpus(Corpus):
     """Whether `path` may be an https URL, which is downloaded from whoever answers there."""
     field: str = "text"
     """Name of the text column."""
-    section_bytes: Int | None = None
+    section_bytes: SectionBytes | None = None
     """Cut longer documents into sections near this size, at paragraph ends."""
 
 
@@ -82,7 +84,7 @@ class DatasetsCorpus(Corpus):
     revision: str | None = None
     """Commit on the Hub; pin it for a reproducible run."""
     field: str = "text"
-    section_bytes: Int | None = None
+    section_bytes: SectionBytes | None = None
     """Cut longer documents into sections near this size, at paragraph ends."""
 
 

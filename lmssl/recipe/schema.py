@@ -30,8 +30,12 @@ def recipe_schema() -> dict[str, Any]:
             definition["properties"][key].setdefault("description", text)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lmssl recipe"}
     schema.pop("title")
-    grouped: dict[str, Any] = _with_grouped_integers(schema)
+    grouped: dict[str, Any] = _for_editors(schema)
     return head | grouped
+
+
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+"""Pydantic leaves its own names where a number is checked before it is bounded; no editor knows these."""
 
 
 def schema_text() -> str:
@@ -39,13 +43,15 @@ def schema_text() -> str:
     return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-def _with_grouped_integers(value: Any) -> Any:
+def _for_editors(value: Any) -> Any:
     if isinstance(value, list):
-        return [_with_grouped_integers(part) for part in value]
+        return [_for_editors(part) for part in value]
     if not isinstance(value, dict):
         return value
+    if value.get("type") in ("integer", "number"):
+        value = {_BOUNDS.get(key, key): part for key, part in value.items()}
     if value.get("type") != "integer":
-        return {key: _with_grouped_integers(part) for key, part in value.items()}
+        return {key: _for_editors(part) for key, part in value.items()}
     about = {key: part for key, part in value.items() if key in ("title", "description", "default")}
     number = {key: part for key, part in value.items() if key not in about}
     return {**about, "anyOf": [number, _GROUPED]}

@@ -1,8 +1,12 @@
+import errno
 import gc
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmssl.data import cache as cache_module
+from lmssl.data import cancel as cancel_module
 from lmssl.data import chunk as module
 from lmssl.data.cache import ChunkCache, Claim
 from lmssl.data.cancel import Cancelled
@@ -62,8 +68,6 @@ def test_a_chunk_holds_tokens_and_sources(
 
 
 def test_large_vocabularies_take_four_bytes(open_cache: Any, unit: Unit, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     wide = replace(tokenizer, num_tokens=65_537, fingerprint="wide")
     cache = ChunkCache(tmp_path / "c", wide, max_bad_records=0, report=print, cancelled=lambda: False)
     chunk = cache.get(unit, 0)
@@ -111,12 +115,113 @@ def test_a_damaged_chunk_is_built_again(open_cache: Any, unit: Unit, lines: list
     assert lines == [f"cached chunk {whole.path} is damaged; building it again"]
 
 
-def test_what_a_killed_builder_left_is_swept(open_cache: Any, unit: Unit) -> None:
+def aged(folder: Path, seconds: float, of: str) -> Path:
+    """A folder that nobody has written to for so long, in itself or in its files."""
+    when = folder.stat().st_mtime - seconds
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (when, when) if of == "all" or path == folder else None)
+    return folder
+
+
+def test_what_a_killed_builder_left_is_swept_once_it_is_old(open_cache: Any, unit: Unit) -> None:
     cache = open_cache()
     path = cache.get(unit, 0).path
-    path.rename(path.parent / f".tmp-{path.name}-of-the-dead")
+    left = {
+        name: path.parent / f".tmp-{path.name if name != 'of another' else 'other'}-{name}"
+        for name in ("dead", "of another", "in work", "young")
+    }
+    for folder in left.values():
+        shutil.copytree(path, folder)
+    aged(left["dead"], 4000, of="all")
+    aged(left["of another"], 4000, of="all")
+    aged(left["in work"], 4000, of="folder")
+    aged(left["young"], 3000, of="all")
+    shutil.rmtree(path)
     assert open_cache().get(unit, 0).path == path
-    assert [found.name for found in path.parent.iterdir()] == [path.name]
+    assert set(path.parent.iterdir()) == {path, left["in work"], left["young"]}
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_builders_without_locks_leave_each_other_alone(
+    open_cache: Any, unit: Unit, lines: list[str], monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    whole = open_cache().get(unit, 0)
+    expected, path = content(whole), whole.path
+    shutil.rmtree(path)
+    if damaged:
+        path.mkdir()
+        (path / "meta.json").write_text("{")
+    caches, write = [open_cache() for _ in range(4)], ChunkCache._write
+    together = threading.Barrier(len(caches), timeout=30)
+
+    def in_step(self: ChunkCache, folder: Path, *args: Any) -> None:
+        together.wait()  # all have begun
+        write(self, folder, *args)
+        assert folder.is_dir()
+        together.wait()  # all are about to rename
+
+    monkeypatch.setattr(ChunkCache, "_write", in_step)
+    monkeypatch.setattr(cancel_module.fcntl, "flock", lambda *args: None)
+    with ThreadPoolExecutor(len(caches)) as pool:
+        found = list(pool.map(lambda cache: cache.get(unit, 0), caches))
+    assert [content(chunk) for chunk in found] == [expected] * len(caches)
+    assert {chunk.path for chunk in found} == {path} == set(path.parent.iterdir())
+    assert damaged or sum(cache.num_built for cache in caches) == 1
+    assert lines == [f"cached chunk {path} is damaged; building it again"] * damaged
+
+
+def test_a_chunk_that_came_to_stand_there_is_kept(
+    open_cache: Any, unit: Unit, lines: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While ours was built, and just before a damaged one would have been removed."""
+    cache, other = open_cache(), open_cache(tmp_path / "other")
+    whole, target = other.get(unit, 0), cache._path(cache._name(unit, 0))
+    monkeypatch.setattr(
+        cache,
+        "_write",
+        lambda folder, *args: [shutil.copytree(whole.path, path, dirs_exist_ok=True) for path in (folder, target)],
+    )
+    assert cache.get(unit, 0) == replace(whole, path=target)
+    assert (cache.num_built, list(target.parent.iterdir())) == (0, [target])
+    monkeypatch.undo()
+    stamp = target.stat().st_ino
+    cache._remove_damaged(target)
+    assert (target.stat().st_ino, list(target.parent.iterdir())) == (stamp, [target])
+    is_whole = cache_module._is_whole
+
+    def looked_at(chunk: Chunk | None) -> bool:
+        shutil.copytree(whole.path, target)
+        return is_whole(chunk)
+
+    monkeypatch.setattr(cache_module, "_is_whole", looked_at)
+    cache._remove_damaged(target)
+    assert target.stat().st_ino != stamp and list(target.parent.iterdir()) == [target]
+    assert lines == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_reported_once(
+    open_cache: Any, jsonl: Any, lines: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cancel_module.fcntl, "flock", refuse)
+    cache = open_cache()
+    for unit in list_units(jsonl(count=200), chunk_bytes=2048)[:3]:
+        assert cache.get(unit, 0).meta.num_documents
+    assert cache.num_built == 3
+    why = f"there are no locks on the file system of {tmp_path / 'cache'} ({os.strerror(number)})"
+    assert lines == [f"{why}: others may build the same chunks"]
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(open_cache: Any, unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cancel_module.fcntl, "flock", fail)
+    with pytest.raises(DataError, match="token cache cannot be written: Input/output error"):
+        open_cache().get(unit, 0)
 
 
 def test_chunks_of_a_unit_in_any_order(open_cache: Any, tmp_path: Path, texts: Any) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from lmssl.data.corpus import Unit, cut_sections, list_units, mixture_weights, read_chunks, read_texts
 from lmssl.data.records import Format, Part
 from lmssl.errors import DataError
-from lmssl.recipe.data import DatasetsCorpus, JsonlCorpus, TextCorpus
+from lmssl.recipe.data import DatasetsCorpus, JsonlCorpus, ParquetCorpus, TextCorpus
 
 
 @given(
@@ -32,11 +33,20 @@ def test_sections_end_at_blank_lines_then_lines_then_words() -> None:
     assert all(section.endswith(b" ") for _, section in cut_sections(b"aaa " * 20, 20)[:-1])
 
 
+@pytest.mark.parametrize("kind", [TextCorpus, JsonlCorpus, ParquetCorpus, DatasetsCorpus])
+@pytest.mark.parametrize("section_bytes", [-1, 0, 255])
+def test_sections_of_no_size_are_refused(kind: Any, section_bytes: int) -> None:
+    name = kind.__name__.removesuffix("Corpus").lower()
+    with pytest.raises(ValidationError, match=r"section_bytes.*\n.*greater than or equal to 256"):
+        kind(name="a", kind=name, path="a", section_bytes=section_bytes)
+    assert kind(name="a", kind=name, path="a", section_bytes=256).section_bytes == 256
+
+
 def test_documents_know_where_they_come_from(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first file")
-    body = "\r\n\r\n".join(f"paragraph {i} é" for i in range(20))
+    body = "\r\n\r\n".join(f"paragraph {i} é" for i in range(100))
     (tmp_path / "b.txt").write_bytes(body.encode())
-    corpus = TextCorpus(name="a", kind="text", path=str(tmp_path), section_bytes=60)
+    corpus = TextCorpus(name="a", kind="text", path=str(tmp_path), section_bytes=256)
     (unit,) = list_units(corpus)
     (chunk,) = read_chunks(unit, max_bad_records=0)
     first, *rest = chunk.documents
@@ -51,6 +61,24 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
     (unit,) = list_units(JsonlCorpus(name="a", kind="jsonl", path=str(tmp_path / "a.jsonl")))
     (chunk,) = read_chunks(unit, max_bad_records=0)
     assert ([d.text for d in chunk.documents], chunk.num_empty) == (["x"], 2)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1024, 4096, 1 << 20])
+def test_a_stray_byte_costs_its_paragraph_however_large_chunks_are(tmp_path: Path, chunk_bytes: int) -> None:
+    paragraphs = [f"paragraph {i} of text\n\n".encode() for i in range(1000)]
+    for i in (3, 4, 500, 998):
+        paragraphs[i] = paragraphs[i].replace(b"of", b"\xe9f")
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"".join(paragraphs))
+    units = list_units(TextCorpus(name="a", kind="text", path=str(path)), chunk_bytes=chunk_bytes)
+    chunks = [chunk for unit in units for chunk in read_chunks(unit, max_bad_records=2 if len(units) > 1 else 4)]
+    assert [bad.start for chunk in chunks for _, bad in chunk.bad] == [
+        len(b"".join(paragraphs[:i])) for i in (3, 4, 500, 998)
+    ]
+    kept = b"".join(document.raw for chunk in chunks for document in chunk.documents)
+    assert kept.split() == b"".join(text for text in paragraphs if b"\xe9" not in text).split()
+    with pytest.raises(DataError, match="more than 1 unreadable records; one of them: not UTF-8: byte 0xe9 at byte 75"):
+        list(read_chunks(units[0], max_bad_records=1))
 
 
 def test_bad_records_of_a_chunk_are_bounded(tmp_path: Path) -> None:

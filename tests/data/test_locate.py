@@ -9,6 +9,7 @@ import pytest
 
 from lmssl.data import locate
 from lmssl.data.chunk import text_hash
+from lmssl.data.corpus import read_chunks
 from lmssl.data.locate import DocumentFinder, Source
 from lmssl.data.units import list_units
 from lmssl.errors import DataError
@@ -61,6 +62,25 @@ def test_python_docs(monkeypatch: pytest.MonkeyPatch) -> None:
         key = source(path, record.start, record.text)
         located = finder.find([key])[key]
         assert (located.record, located.text, located.byte_start) == (number, record.text, 0)
+
+
+def test_text_around_damage_is_found(tmp_path: Path) -> None:
+    raw = b"".join(f"paragraph {i} says \u20ac {i * i}\n\n".encode() for i in range(400)).replace(
+        b"8 says", b"8 s\xe9ys"
+    )
+    path = tmp_path / "a.txt"
+    path.write_bytes(raw)
+    units = list_units(TextCorpus(name="a", kind="text", path=str(path), section_bytes=256), chunk_bytes=2048)
+    sources = [
+        Source(str(path), document.start, document.offset, document.num_bytes, text_hash(document.text))
+        for unit in units
+        for chunk in read_chunks(unit, max_bad_records=100)
+        for document in chunk.documents
+    ]
+    found = DocumentFinder(units).find(sources)
+    assert len(units) > 3 and len(found) == len(sources) > 40
+    for located in found.values():
+        assert raw[located.byte_start : located.byte_end] == located.text.encode() and located.record == 0
 
 
 def test_text_that_changed_is_refused(lines: Path) -> None:

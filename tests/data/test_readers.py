@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmssl.data import readers
@@ -121,13 +121,65 @@ def test_bad_utf8_in_text_is_set_aside(tmp_path: Path) -> None:
     assert isinstance(one, Record) and isinstance(two, Record)
 
 
+SECTIONS = Format("text", document="file", section_bytes=256)
+DAMAGED = st.lists(
+    st.sampled_from(
+        [b"", b" \r", b"a", b"bb\r", "\u20ac".encode(), b"c\xe9", b"\xe2\x82", b"line\n" * 80, b"\xff\n" * 200]
+    ),
+    max_size=30,
+)
+
+
+@settings(deadline=None)
+@given(lines=DAMAGED, cuts=CUTS, mark=st.booleans())
+def test_text_in_sections_loses_the_paragraphs_that_are_damaged_wherever_it_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], cuts: list[int], mark: bool
+) -> None:
+    raw = b"\xef\xbb\xbf" * mark + b"\n".join(lines)
+    path = tmp_path_factory.mktemp("tiles") / "a.txt"
+    path.write_bytes(raw)
+    ends = [0, *sorted({cut for cut in cuts if 0 < cut < len(raw)}), len(raw)]
+    expected, good, at = [], b"", 0
+    for piece in re.split(rb"(?m)(^[ \t\r]*\n)", raw):
+        for part in [piece] if len(piece) <= 384 else piece.splitlines(keepends=True):
+            if is_decodable(part):
+                good += part
+            else:
+                expected.append((at, at + len(part)))
+            at += len(part)
+    good = good.removeprefix(b"\xef\xbb\xbf")
+    packed = path.with_name("a.txt.gz")
+    packed.write_bytes(gzip.compress(raw))
+    tiles = [item for a, b in pairwise(ends) for item in read(SECTIONS, path, a, b)]
+    for found in (read(SECTIONS, path), read(SECTIONS, packed), tiles):
+        bad = [item for item in found if isinstance(item, BadRecord)]
+        assert [item.start for item in bad] == [start for start, _ in expected]
+        for item, (start, stop) in zip(bad, expected, strict=True):
+            place = re.fullmatch(r"not UTF-8: byte 0x(..) at byte (\d+)", item.reason)
+            assert place and start <= int(place[2]) < stop and raw[int(place[2])] == int(place[1], 16)
+        kept = [item for item in found if isinstance(item, Record)]
+        assert b"".join(item.raw for item in kept).split() == good.split()
+        assert all(
+            raw[item.start :].removeprefix(b"\xef\xbb\xbf")[:1] == item.raw[:1] for item in kept if item.raw[0] != 10
+        )
+    assert [item.number for item in read(SECTIONS, path)] == list(range(len(read(SECTIONS, path))))
+
+
+def test_a_file_that_is_one_document_is_good_or_bad_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\n\nba\xe9d\n\ngood")
+    assert read(Format("text", document="file"), path) == [BadRecord(0, 0, "not UTF-8: byte 0xe9 at byte 8")]
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_compressed_records_are_those_of_the_plain_file(tmp_path: Path, suffix: str) -> None:
     plain, packed = tmp_path / "a.jsonl", tmp_path / f"a.jsonl{suffix}"
-    plain.write_text("".join(json.dumps({"text": "x" * i}) + "\n" for i in range(500)))
+    lines = [json.dumps({"text": "x" * i}).encode() for i in range(500)]
+    plain.write_bytes(b"\n".join([*lines[:100], b'{"text": "\xe9"}', *lines[100:], b"{"]))
     pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
     packed.write_bytes(pack(plain.read_bytes()))
     assert read(JSONL, plain) == read(JSONL, packed)
+    assert [item.number for item in read(JSONL, packed) if isinstance(item, BadRecord)] == [100, 501]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

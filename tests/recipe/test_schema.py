@@ -86,3 +86,9 @@ def test_schema_and_loader_agree_on_what_is_required(
     assert validator.is_valid(content)
     for section in recipe_schema()["required"]:
         assert not validator.is_valid({key: value for key, value in content.items() if key != section})
+
+
+def test_bounds_have_the_names_that_editors_know() -> None:
+    text = schema_text()
+    assert '"minimum"' in text and '"exclusiveMinimum"' in text
+    assert not any(f'"{name}"' in text for name in ("ge", "gt", "le", "lt", "multiple_of"))
