@@ -9,12 +9,17 @@ Rows = list[dict[str, Any]]
 
 
 def newest(rows: Rows) -> Rows:
-    """Of each row, by its name, the one that was written last; tries of the script are left out."""
+    """Of each row, by its name, the one that was written last; tries of the script are left out.
+
+    One that was left out for lack of time, or stopped, does not replace what another call has found.
+    """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if not row["tiny"]:
             what = row.get("name") or row.get("what") or row.get("model")
-            found[what, row.get("round"), row.get("compile"), row.get("causal"), *_shape(row)] = row
+            key = what, row.get("round"), row.get("compile"), row.get("causal"), *_shape(row)
+            if key not in found or not ("left_out" in row or row.get("error", "").startswith("stopped")):
+                found[key] = row
     return list(found.values())
 
 

@@ -123,13 +123,15 @@ def test_every_table_takes_rows_that_are_missing(load: Load) -> None:
     good = {"beyond_bytes": 2e9}
     shape = {"model": "124M", "compile": "layers"}
     mfu = {"name": "124M, 2048", "formula": "F", "documents_formula": "D", "peak_flops": 1e15}
+    earlier = {**base, **shape, "vocabulary": 131072, "beyond_bytes": 2.2e9}
+    assert load("gpu_tables").newest([earlier, {**late, **shape, "vocabulary": 131072}]) == [earlier]
     stages = {
         "correctness": [{**late, "what": "parity"}, {**base, "what": "tests", "good": True, "summary": "3 passed"}],
         "mfu": [{**late, **mfu}],
         "peers": [{**late, "name": "lmssl", "round": 1, "rows": 16, "sequence_length": 2048}],
         "memory": [
             {**base, **shape, **good, "vocabulary": 1024},
-            {**base, **shape, "vocabulary": 131072, "beyond_bytes": 2.2e9},
+            earlier,
             {**base, "model": "350M", "compile": "off", **good, "vocabulary": 1024},
             {**late, "model": "350M", "compile": "off", "vocabulary": 131072},
         ],
