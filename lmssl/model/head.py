@@ -320,7 +320,7 @@ def chunk_size(num_targets: int, vocab_size: int, *, device: str = "cpu", logits
     if logits_bytes is None:
         logits_bytes = LOGITS_BYTES.get(device, 2**26)
         if device in LOGITS_BYTES:
-            logits_bytes = max(2**26, min(logits_bytes, _GPU_BYTES_PER_TARGET * num_targets))
+            logits_bytes = min(logits_bytes, max(2**26, _GPU_BYTES_PER_TARGET * num_targets))
     if 4 * vocab_size * num_targets <= 2 * logits_bytes:
         return num_targets  # a short second chunk costs more than it saves
     size = max(256, logits_bytes // (4 * vocab_size))
