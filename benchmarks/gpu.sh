@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
 # Everything that a card can tell, in one call of under 10 minutes, from the root of a checkout:
 #
-#   bash benchmarks/gpu.sh [--device cuda|cpu] [--tiny] [--stages correctness,mfu,...] [--seconds 560]
+#   bash benchmarks/gpu.sh [--device cuda|cpu] [--tiny] [--stages correctness,mfu,...] [--only 'TEXT|TEXT'] [--seconds 560]
 #
-# Stages: prepare, correctness, mfu, peers, memory, kernel_times, fp8, each with a time limit of its own; one that fails
-# or runs out of time does not lose the others. Rows are written as JSON lines as soon as they are known, to $OUT where that is set
-# and else to benchmarks/results. The machine needs no network: what its Python lacks is installed from the wheels of
-# benchmarks/gpu_wheels.sh into a temporary folder, and its own packages stay as they are.
+# Stages, in order: correctness, mfu, peers, memory, kernel_times, fp8, further. A stage ends when what is left of
+# --seconds is what those behind it keep for themselves, so that time that one does not use is the next one's, and the
+# whole is bounded. Required rows come first; one for which no time is left is recorded as such. What a call left out
+# a second one can do, e.g. `--stages fp8,further`, or `--stages mfu --only '1.3B|4096'` for some rows of mfu, fp8 and
+# further. A stage that fails does not lose the others. Rows are written as JSON lines as soon as they are known, to
+# $OUT where that is set and else to benchmarks/results. The machine needs no network: what its Python lacks is
+# installed from the wheels of benchmarks/gpu_wheels.sh into a temporary folder, and its own packages stay as they are.
 # `--device cpu --tiny` shows on any machine that the script works; its numbers mean nothing and go to build/gpu-tiny.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=cuda tiny=() seconds=560 stages=prepare,correctness,mfu,peers,memory,kernel_times,fp8
+device=cuda tiny=() seconds=560 stages=correctness,mfu,peers,memory,kernel_times,fp8,further only=
 while [ $# -gt 0 ]; do
   case $1 in
     --device) device=$2 && shift 2 ;;
     --stages) stages=$2 && shift 2 ;;
     --seconds) seconds=$2 && shift 2 ;;
+    --only) only=$2 && shift 2 ;;
     --tiny) tiny=(--tiny) && shift ;;
     *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d' >&2 && exit 2 ;;
   esac
@@ -70,31 +74,42 @@ export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/tr
 export LMSSL_GPU_RUN="$(date -u +%Y-%m-%dT%H:%M:%SZ)"
 [ "$device" = cuda ] && nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 
-began=$SECONDS status=0
-stage() { # NAME SECONDS [SCRIPT OPTION...]: seconds of it at most, or what is left of the whole
-  case ",$stages," in *",$1,"*) ;; *) return ;; esac
-  local left=$((seconds - (SECONDS - began))) name=$1 limit=$2 script=${3:-$1}
-  shift $(($# > 3 ? 3 : $#))
-  [ ${#tiny[@]} -gt 0 ] && limit=3600
-  [ "$limit" -gt "$left" ] && limit=$left
-  if [ "$limit" -lt 20 ]; then
-    echo "== $name: no time is left" && status=1 && return
+[ "$stages" = memory ] || stages=prepare,$stages # which alone reads no text
+status=0
+# Seconds that a stage keeps free of those before it: what its required rows take, by guess. With prepare's they are
+# less than --seconds; what installing took is counted, because $SECONDS is 0 where this script begins.
+declare -A kept=([correctness]=75 [mfu]=140 [peers]=135 [memory]=40 [kernel_times]=35 [fp8]=50 [further]=0)
+order=(prepare correctness mfu peers memory kernel_times fp8 further)
+
+chosen() { case ",$stages," in *",$1,"*) ;; *) return 1 ;; esac; }
+
+stage() { # NAME [SCRIPT OPTION...]
+  chosen "$1" || return 0
+  local name=$1 script=${2:-$1} limit=$((seconds - SECONDS)) behind="" each
+  shift $(($# > 2 ? 2 : $#))
+  for each in "${order[@]}"; do
+    [ -n "$behind" ] && chosen "$each" && limit=$((limit - kept[$each]))
+    [ "$each" = "$name" ] && behind=yes
+  done
+  if [ "$limit" -lt 15 ]; then
+    echo "== $name: no time was left" | tee -a "$out/gpu.log" && status=1 && return
   fi
-  echo "== $name: at most $limit s"
-  local start=$SECONDS
-  timeout --kill-after=10 "$limit" "$python" "benchmarks/gpu/$script.py" --device "$device" ${tiny[@]+"${tiny[@]}"} \
-    --out "$out" --scratch "$scratch/work" --seconds $((limit - 12)) "$@" 2>&1 | tee -a "$out/gpu.log"
+  echo "== $name: at most $limit s" | tee -a "$out/gpu.log"
+  local start=$SECONDS until=$(($(date +%s) + limit))
+  # The stage ends itself at that time, and writes what it was at; these signals are for one that cannot.
+  timeout --kill-after=5 $((limit + 3)) "$python" "benchmarks/gpu/$script.py" --device "$device" \
+    ${tiny[@]+"${tiny[@]}"} --out "$out" --scratch "$scratch/work" --until "$until" "$@" 2>&1 | tee -a "$out/gpu.log"
   local code=${PIPESTATUS[0]}
   echo "== $name: $((SECONDS - start)) s, status $code" | tee -a "$out/gpu.log"
   [ "$code" -eq 0 ] || status=1
 }
-# Together the default of --seconds, so that no stage can take the last one's time.
-stage prepare 60
-stage correctness 110
-stage mfu 150
-stage peers 110
-stage memory 40
-stage kernel_times 50
-PYTHONPATH="$scratch/further/torchao:$PYTHONPATH" stage fp8 40 mfu --only fp8
-echo "== all: $((SECONDS - began)) s; results in $out"
+stage prepare
+stage correctness
+stage mfu mfu --set required --only "$only"
+stage peers
+stage memory
+stage kernel_times
+PYTHONPATH="$scratch/further/torchao:$PYTHONPATH" stage fp8 mfu --set fp8 --only "$only"
+stage further mfu --set further --only "$only"
+echo "== all: $SECONDS s; results in $out"
 exit "$status"

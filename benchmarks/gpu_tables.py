@@ -9,17 +9,22 @@ Rows = list[dict[str, Any]]
 
 
 def newest(rows: Rows) -> Rows:
-    """Of each row, by its name, the one that was written last; tries of the script are left out."""
+    """Of each row, by its name, the one that was written last; tries of the script are left out.
+
+    One that was left out for lack of time, or stopped, does not replace what another call has found.
+    """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if not row["tiny"]:
             what = row.get("name") or row.get("what") or row.get("model")
-            found[what, row.get("round"), row.get("compile"), row.get("causal"), *_shape(row)] = row
+            key = what, row.get("round"), row.get("compile"), row.get("causal"), *_shape(row)
+            if key not in found or not ("left_out" in row or row.get("error", "").startswith("stopped")):
+                found[key] = row
     return list(found.values())
 
 
-def _shape(row: dict[str, Any]) -> tuple[Any, Any]:
-    return row.get("head_width"), row.get("mean_document_tokens")
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row.get("head_width"), row.get("mean_document_tokens"), row.get("vocabulary")
 
 
 def tables(by_stage: dict[str, Rows]) -> list[str]:
@@ -49,14 +54,15 @@ def correctness(rows: Rows) -> list[str]:
     """What was checked before anything was timed."""
     lines = ["## GPU, correctness\n", "| what | result |", "| --- | --- |"]
     for row in rows:
-        said = row.get("error") or row.get("summary") or ""
+        said = _failed(row) or row.get("summary") or ""
         if "num_leaks" in row:
             worst = max(row["differences"].values())
             said = f"{row['num_leaks']} leaks among {row['documents']} documents; off by {worst:.4f} from float64"
         elif "loss_difference" in row:
             said = f"loss off by {row['loss_difference']:.1e}, gradients by {row['gradient_difference']:.4f} from fp32"
         causal = {True: ", causal", False: ", both ways"}.get(row.get("causal"), "")
-        lines.append(f"| {row['what']}{causal} | {'right' if row['good'] else 'WRONG'}: {_cell(said)} |")
+        verdict = "not tried" if "left_out" in row else "right" if row.get("good") else "WRONG"
+        lines.append(f"| {row['what']}{causal} | {verdict}: {_cell(said)} |")
     return lines
 
 
@@ -65,20 +71,20 @@ def mfu(rows: Rows) -> list[str]:
     lines = [
         "## GPU, utilisation\n",
         f"{rows[0]['formula']} ({(rows[0]['peak_flops'] or 0) / 1e12:,.1f} TFLOP/s). Packed with document attention; "
-        "rates are those of the median step, with the slowest and the quickest.\n",
-        "| model, tokens of a sequence, settings | tokens/s | MFU | micro-batch | GB | documents a sequence |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"rates are those of the median step, with the slowest and the quickest. {rows[0]['documents_formula']}.\n",
+        "| model, tokens of a sequence, settings | tokens/s | MFU | MFU by documents | micro-batch | GB "
+        "| documents a sequence |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         if _failed(row):
-            lines.append(f"| {row['name']} | {_cell(_failed(row))} | | | | |")
+            lines.append(f"| {row['name']} | {_cell(_failed(row))} | | | | | |")
             continue
         low, high = row["spread"]
-        share, micro = "" if row["mfu"] is None else f"{row['mfu']:.1%}", row["micro_batch_sequences"]
-        lines.append(
-            f"| {row['name']} | {row['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f}) | {share} "
-            f"| {micro} | {row['memory_bytes'] / 1e9:.0f} | {row['documents_per_sequence']:.1f} |"
-        )
+        whole, needed = ("" if row[name] is None else f"{row[name]:.1%}" for name in ("mfu", "mfu_documents"))
+        size = f"{row['micro_batch_sequences']} | {row['memory_bytes'] / 1e9:.0f} | {row['documents_per_sequence']:.1f}"
+        rate = f"{row['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f})"
+        lines.append(f"| {row['name']} | {rate} | {whole} | {needed} | {size} |")
     return lines
 
 
@@ -110,16 +116,19 @@ def memory(rows: Rows) -> list[str]:
     """Peak of a step by the size of the vocabulary."""
     lines = [
         "## GPU, memory by vocabulary\n",
-        "Peak of a step of 8k tokens beyond weights, gradients and optimiser states.\n",
+        "The most that a step of 8k tokens holds beyond weights, optimiser states and the gradients that exist then.\n",
         "| model, compile | 1k, GB | 128k, GB | ratio |",
         "| --- | --- | --- | --- |",
     ]
-    for row in rows:
-        if _failed(row):
-            lines.append(f"| {row['model']}, {row['compile']} | {_cell(_failed(row))} | | |")
-            continue
-        small, large = (found["beyond_bytes"] / 1e9 for found in row["rows"])
-        lines.append(f"| {row['model']}, {row['compile']} | {small:.2f} | {large:.2f} | {row['ratio']:.2f} |")
+    for model, compile_ in dict.fromkeys((row["model"], row["compile"]) for row in rows):
+        pair = sorted(
+            (row for row in rows if (row["model"], row["compile"]) == (model, compile_)),
+            key=lambda row: row["vocabulary"],
+        )
+        held = [row["beyond_bytes"] for row in pair if not _failed(row)]
+        cells = [_cell(_failed(row)) if _failed(row) else f"{row['beyond_bytes'] / 1e9:.2f}" for row in pair]
+        ratio = f"{held[1] / held[0]:.2f}" if len(held) == 2 and held[0] else ""
+        lines.append(f"| {model}, {compile_} | {' | '.join((*cells, '')[:2])} | {ratio} |")
     return lines
 
 
@@ -142,7 +151,8 @@ def kernels(rows: Rows) -> list[str]:
             times = f"{row['forward_seconds'] * 1e3:.2f} | {row['seconds'] * 1e3:.2f} | {row['useful_tflops']:.0f}"
             lines.append(f"| {row['what']} | {row['head_width']} | {row['mean_document_tokens']} | {times} |")
         elif _failed(row):
-            lines.append(f"| {row['what']} | {_cell(_failed(row))} | | | | |")
+            shape = f"{row.get('head_width', '')} | {row.get('mean_document_tokens', '')}"
+            lines.append(f"| {row['what']} | {shape} | {_cell(_failed(row))} | | |")
     return lines
 
 

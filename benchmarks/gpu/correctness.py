@@ -5,20 +5,26 @@
 Parity: loss and gradients of one micro-batch of packed text, in bf16 on the device, plain and compiled by layers,
 against float32 on CPU by masks. Leaks: every document of a batch is changed in turn, and no output of another may
 change by a bit; for the kernels for rows of many lengths, torch's attention with a mask, and flex attention.
+Tests run beside all else, until the stage ends at the latest, and their row is written in any case.
 The process ends with status 1 if anything is out of tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from setting import parse, recipe, release, write
+from rows import Row, beside, finish, run_rows
+from setting import parse, recipe, release
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,10 +41,12 @@ NOISE_RATIO = 2e-3
 TEST_FILES = (
     "tests/model/test_varlen.py",
     "tests/model/test_head_gpu.py",
-    "tests/numerics/test_gpu.py",
     "tests/train/test_phases.py",
     "tests/train/test_precision.py",
+    "tests/numerics/test_gpu.py",
 )
+LAST_SECONDS = 6.0
+"""Of the stage, in which what the tests said is read."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query, key, value [B, H, T, D]."""
@@ -168,7 +176,6 @@ def leaks(args: argparse.Namespace, name: str, way: Way, causal: bool) -> dict[s
         num_leaks += not torch.equal(moved[elsewhere], out.detach()[elsewhere])
     return {
         "backend": name,
-        "causal": causal,
         "documents": int(segments.max()),
         "num_leaks": num_leaks,
         "differences": dict(zip(("out", "query", "key", "value"), differences, strict=True)),
@@ -176,58 +183,60 @@ def leaks(args: argparse.Namespace, name: str, way: Way, causal: bool) -> dict[s
     }
 
 
-def tests() -> subprocess.Popen[str]:
-    """The tests that need a device, beside all else: nothing is timed here."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-rfE",
-        "--continue-on-collection-errors",
-    ]
+def tests(args: argparse.Namespace) -> tuple[subprocess.Popen[str], Path]:
+    """The tests that need a device, beside all else, for nothing is timed here; and the file of what they say."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-rfE"]
+    command += ["--continue-on-collection-errors"]
     command += ["-o", "filterwarnings=default", *TEST_FILES]  # other versions warn of other things
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said: Path = args.scratch / "pytest.log"
+    said.parent.mkdir(parents=True, exist_ok=True)
+    # cuBLAS asks for this once a process, so that a test cannot set it after another has multiplied.
+    with said.open("w", encoding="utf-8") as file:  # a pipe that nobody reads would stop them when it is full
+        return beside(command, file, {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}), said
 
 
-def results(running: subprocess.Popen[str]) -> dict[str, Any]:
-    """What they found; skipped ones are counted."""
-    said, _ = running.communicate()
-    lines = said.strip().splitlines()
+def results(args: argparse.Namespace, running: subprocess.Popen[str], said: Path) -> dict[str, Any]:
+    """What they found, if only in part; skipped ones are counted."""
+    left = max(0.1, args.deadline - LAST_SECONDS - time.time())
+    late = False
+    try:
+        running.wait(left if math.isfinite(left) else None)
+    except subprocess.TimeoutExpired:
+        late = True
+        running.kill()
+    lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     print("\n".join(lines[-60:]), flush=True)
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"summary": lines[-1] if lines else "", "failed": failed[:50], "good": running.returncode == 0}
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR")) or (late and " FAILED" in line)]
+    summary = lines[-1] if lines else ""
+    if late:
+        num_passed = sum(" PASSED" in line for line in lines)
+        summary = f"stopped, no time was left: {num_passed} passed, {len(failed)} failed; at {summary}"
+    return {"summary": summary, "failed": failed[:50], "good": running.returncode == 0 and not late}
+
+
+def planned(args: argparse.Namespace) -> list[Row]:
+    """Leaks and parity of what training uses, then of the other ways, then the tests, which began before."""
+    running, said = tests(args)
+
+    def leak(name: str, causal: bool, seconds: float) -> Row:
+        find = partial(leaks, args, name, BACKENDS[name], causal)
+        return Row({"what": f"leaks, {name}", "causal": causal}, find, seconds)
+
+    # Torch has these, or their gradients, for CUDA only.
+    names = [name for name in BACKENDS if args.device == "cuda" or name not in ("varlen", "flex")]
+    rows = [leak(name, causal, 4) for name in names if name != "flex" for causal in (True, False)]
+    for model, compile_ in (("124M", "layers"), ("ModernBERT-base", "layers"), ("350M", "layers"), ("124M", "off")):
+        rows.append(Row({"what": f"parity, {model}, {compile_}"}, partial(parity, args, model, compile_), 15))
+    rows += [leak(name, causal, 15) for name in names if name == "flex" for causal in (True, False)]
+    return [*rows, Row({"what": "tests"}, partial(results, args, running, said))]
 
 
 def main() -> None:
     """All of it; a row at once."""
     args = parse(__doc__)
-    bad, running = 0, tests()
-
-    def row(what: str, find: Callable[[], dict[str, Any]]) -> None:
-        nonlocal bad
-        try:
-            found = find()
-        except Exception as error:
-            found = {"good": False, "error": f"{type(error).__name__}: {error}"[:2000]}
-        bad += not found["good"]
-        write(args, "correctness", what=what, **found)
-
-    for name, way in BACKENDS.items():
-        if name in ("varlen", "flex") and args.device == "cpu":
-            continue  # torch has these, or their gradients, for CUDA only
-        for causal in (True, False):
-            row(f"leaks, {name}", lambda n=name, w=way, c=causal: leaks(args, n, w, c))  # type: ignore[misc]
-    for model in ("124M", "350M", "ModernBERT-base"):
-        for compile_ in ("off", "layers") if model == "124M" else ("layers",):
-            row(f"parity, {model}, {compile_}", lambda m=model, c=compile_: parity(args, m, c))  # type: ignore[misc]
-    row("tests", lambda: results(running))
-    print(f"correctness: {bad} rows are wrong" if bad else "correctness: all is well")
-    sys.exit(1 if bad else 0)
+    run_rows(args, "correctness", planned(args))
+    print(f"correctness: {args.num_errors} rows are wrong" if args.num_errors else "correctness: all is well")
+    finish(args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,8 @@ from typing import Any
 
 import torch
 from correctness import BACKENDS, Attend, Way, by_starts, seen
-from setting import Clock, drive, finish, parse, recipe, write
+from rows import Row, finish, run_rows
+from setting import Clock, drive, parse, recipe
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn import functional as F
@@ -44,7 +44,8 @@ def profiled(args: argparse.Namespace, model: str, length: int, micro_tokens: in
 
     found = drive(asked, args.device, steps=8, around=around)
     on_device = DeviceType.CUDA if args.device == "cuda" else DeviceType.CPU
-    events = [event for event in traced.events() if event.device_type == on_device]
+    # Ranges that torch names (Optimizer.step, a compiled region) lie on the device's line, too, around their kernels.
+    events = [event for event in traced.events() if event.device_type == on_device and not event.is_user_annotation]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     by_name: dict[str, tuple[float, int]] = {}
     for event in events:
@@ -122,39 +123,40 @@ def attention(args: argparse.Namespace, way: Way, width: int, mean_tokens: int) 
         "seconds": seconds[1],
         "useful_tflops": 14 * pairs * width / seconds[1] / 1e12,  # 4 forward and 10 backward a pair, with recomputation
         "heads": heads,
-        "head_width": width,
-        "mean_document_tokens": mean_tokens,
     }
 
 
-def main() -> None:
-    """A profile of each model, then attention."""
-    args = parse(__doc__)
-    for model, length, micro_tokens in (("124M", 2048, 65536), ("1.3B", 2048, 16384)):
-        if args.tiny and model == "1.3B":
-            continue
-        if time.monotonic() + 25 > args.deadline:
-            print(f"kernels: no time for {model}")
-            continue
-        _row(args, f"step, {model}, {length}", partial(profiled, args, model, length, micro_tokens))
+def planned(args: argparse.Namespace) -> list[Row]:
+    """A profile of each model, and attention by way, width and length of documents."""
     ways = {**BACKENDS, CUDNN: by_starts, "one document, torch's choice": dense}
     if args.device == "cpu":
         ways = {name: way for name, way in ways.items() if "varlen" not in name and name != "flex"}
-    for width, mean_tokens in ((64, 1000), (128, 1000), (64, 100)):
-        for name, way in ways.items():
-            if time.monotonic() + 3 < args.deadline:
-                with cudnn(name == CUDNN):
-                    find = partial(attention, args, way, width, mean_tokens)
-                    _row(args, f"attention, {name}", find)
+
+    def step(model: str, micro_tokens: int, seconds: float) -> Row:
+        return Row({"what": f"step, {model}, 2048"}, partial(profiled, args, model, 2048, micro_tokens), seconds)
+
+    def layers(width: int, mean_tokens: int) -> list[Row]:
+        def find(name: str, way: Way) -> dict[str, Any]:
+            with cudnn(name == CUDNN):
+                return attention(args, way, width, mean_tokens)
+
+        shape = {"head_width": width, "mean_document_tokens": mean_tokens}
+        return [
+            Row({"what": f"attention, {name}", **shape}, partial(find, name, way), 12 if name == "flex" else 3)
+            for name, way in ways.items()
+        ]
+
+    rows = [step("124M", 65536, 15), *layers(64, 1000)]
+    if not args.tiny:
+        rows.append(step("1.3B", 16384, 20))
+    return [*rows, *layers(128, 1000), *layers(64, 100)]
+
+
+def main() -> None:
+    """All rows that there is time for."""
+    args = parse(__doc__)
+    run_rows(args, "kernels", planned(args))
     finish(args)
-
-
-def _row(args: argparse.Namespace, what: str, find: Callable[[], dict[str, Any]]) -> None:
-    try:
-        found = find()
-    except Exception as error:
-        found = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    write(args, "kernels", what=what, **found)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Model FLOPs utilisation of stock models, packed with document attention, in bf16; and tokens/s of ModernBERT-base.
 
-    python benchmarks/gpu/mfu.py --out FOLDER --scratch FOLDER [--device cpu --tiny] [--only TEXT]
+    python benchmarks/gpu/mfu.py --out FOLDER --scratch FOLDER [--device cpu --tiny] [--set further] [--only 'A|B']
 
 Each row is lmssl's own session: loader, compiled layers, loss, clipping, optimiser. The micro-batch starts at the
-first size of its row and is halved until it fits. Rows stand in order of importance; the first that would end after
-`--seconds` ends the table, and the record names what was left out.
+first size of its row and is halved until it fits. Rows stand in order of importance; one that would end after
+`--until`, by guess, is left out, and the record says so.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import importlib.util
 import statistics
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from setting import MFU_FORMULA, device_name, drive, finish, is_out_of_memory, parse, recipe, write
+from rows import Row, device_name, finish, run_rows
+from setting import DOCUMENTS_FORMULA, MFU_FORMULA, drive, is_out_of_memory, parse, recipe
 
 from lmssl.train.peaks import peak_flops
 
@@ -24,15 +26,15 @@ STEPS, WARMUP = 14, 6
 
 
 @dataclass(frozen=True)
-class Row:
+class Planned:
     """One line of the table."""
 
     model: str
     length: int
     micro_tokens: int
     changes: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 25.0
-    """How long it takes, by guess; beyond the time that is left it is not begun."""
+    seconds: float = 22.0
+    """How long it takes, by guess."""
 
     @property
     def fp8(self) -> bool:
@@ -47,24 +49,30 @@ class Row:
 
 
 MUON = {"optim": {"kind": "muon", "lr": 1e-2}}
-ROWS = (
-    Row("124M", 2048, 131072, seconds=40),
-    Row("350M", 2048, 65536, seconds=35),
-    Row("1.3B", 2048, 32768, seconds=45),
-    Row("ModernBERT-base", 1024, 131072, seconds=30),
-    Row("124M", 4096, 131072),
-    Row("1.3B", 4096, 32768, seconds=45),
-    Row("350M", 4096, 65536, seconds=30),
-    Row("124M", 2048, 131072, MUON),
-    Row("350M", 2048, 65536, MUON, seconds=30),
-    Row("1.3B", 2048, 32768, {"train": {"precision": "fp8"}}, seconds=50),
-    Row("124M", 2048, 131072, {"train": {"compile": "model"}}, seconds=90),
-    Row("1.3B", 2048, 32768, MUON, seconds=50),
-    Row("350M", 2048, 65536, {"train": {"compile": "model"}}, seconds=150),
-)
+MODEL = {"train": {"compile": "model"}}
+SETS = {
+    "required": (
+        Planned("124M", 2048, 131072, seconds=30),
+        Planned("350M", 2048, 65536, seconds=30),
+        Planned("ModernBERT-base", 1024, 131072, seconds=30),
+        Planned("124M", 4096, 131072),
+        Planned("1.3B", 2048, 32768, seconds=35),
+    ),
+    "fp8": (Planned("1.3B", 2048, 32768, {"train": {"precision": "fp8"}}, seconds=35),),
+    "further": (
+        Planned("124M", 2048, 131072, MUON),
+        Planned("350M", 2048, 65536, MUON),
+        Planned("124M", 2048, 131072, MODEL, seconds=60),
+        Planned("1.3B", 4096, 32768, seconds=35),
+        Planned("350M", 4096, 65536),
+        Planned("1.3B", 2048, 32768, MUON, seconds=40),
+        Planned("350M", 2048, 65536, MODEL, seconds=120),
+    ),
+}
+"""In order of importance; each set is a stage of gpu.sh."""
 
 
-def measure(args: argparse.Namespace, row: Row) -> dict[str, Any]:
+def measure(args: argparse.Namespace, row: Planned) -> dict[str, Any]:
     """Tokens/s, utilisation and memory at the largest micro-batch that fits."""
     length = 128 if args.tiny else row.length
     micro_sequences = 2 if args.tiny else row.micro_tokens // length
@@ -92,9 +100,11 @@ def measure(args: argparse.Namespace, row: Row) -> dict[str, Any]:
             break
         micro_sequences //= 2
     rate = found.rate(warmup)
+    middle = statistics.median(found.step_seconds[warmup:])
+    print(f"  {row.name}: {rate:,.0f} tokens/s, {middle:.3f} s a step", flush=True)
     return {
         "tokens_per_second": rate,
-        "mfu": found.utilisation(rate, args.device),
+        **found.utilisation(rate, args.device),
         "step_seconds": found.step_seconds,
         "spread": [found.tokens_per_step / s for s in _ends(found.step_seconds[warmup:])],
         "warmup": warmup,
@@ -102,6 +112,7 @@ def measure(args: argparse.Namespace, row: Row) -> dict[str, Any]:
         "micro_batch_sequences": micro_sequences,
         "num_parameters": found.num_parameters,
         "flops_per_token": found.flops_per_token,
+        "document_flops_per_token": found.document_flops_per_token,
         "documents_per_sequence": found.num_documents,
         "memory_bytes": found.memory_bytes,
         "losses": found.losses,
@@ -114,32 +125,28 @@ def _ends(seconds: list[float]) -> tuple[float, float]:
     return max(seconds), min(seconds)
 
 
+def rows_of(args: argparse.Namespace) -> list[Planned]:
+    """Those of the set that was asked for whose names hold one of the asked texts."""
+    asked = [text for text in args.only.split("|") if text]
+    rows = [row for row in SETS[args.set] if not asked or any(text in row.name for text in asked)]
+    if args.tiny and args.set != "fp8":
+        rows = [row for row in rows if row.model != "1.3B" and row.length != 4096]
+    return rows
+
+
 def main() -> None:
     """All rows that there is time for."""
-    args = parse(__doc__, only="")
-    rows = [row for row in ROWS if args.only in row.name and (args.only or not row.fp8)]
-    if args.tiny and not args.only:
-        rows = [row for row in rows if row.model != "1.3B" and row.length != 4096]
-    for row in rows:
+    args = parse(__doc__, only="", set="required")
+    planned = []
+    for row in rows_of(args):
         about = {"name": row.name, "model": row.model, "sequence_length": row.length, "changes": row.changes}
-        about |= {"formula": MFU_FORMULA, "peak_flops": peak_flops(device_name(args.device), "bf16")}
-        if not args.tiny and time.monotonic() + row.seconds > args.deadline:
-            write(args, "mfu", **about, left_out="no time was left")
-        elif row.fp8 and not _has_fp8(args):
-            write(args, "mfu", **about, left_out="torchao is not installed, or the device has no fp8")
-        else:
-            try:
-                found = measure(args, row)
-            except Exception as error:  # one row that fails must not lose the others
-                write(args, "mfu", **about, error=f"{type(error).__name__}: {error}"[:2000])
-            else:
-                write(args, "mfu", **about, **found)
-                mfu = "" if found["mfu"] is None else f", MFU {found['mfu']:.1%}"
-                middle = statistics.median(found["step_seconds"][found["warmup"] :])
-                print(
-                    f"  {row.name}: {found['tokens_per_second']:,.0f} tokens/s{mfu}, {middle:.3f} s a step", flush=True
-                )
+        about |= {"formula": MFU_FORMULA, "documents_formula": DOCUMENTS_FORMULA}
+        about |= {"peak_flops": peak_flops(device_name(args.device), "bf16")}
+        why = "torchao is not installed, or the device has no fp8" if row.fp8 and not _has_fp8(args) else ""
+        planned.append(Row(about, partial(measure, args, row), row.seconds, why))
+    run_rows(args, "mfu", planned)
     print(MFU_FORMULA)
+    print(DOCUMENTS_FORMULA)
     finish(args)
 
 

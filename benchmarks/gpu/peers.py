@@ -4,7 +4,8 @@
 
 Same shape, text, tokenizer and tokens a step; each entrant is a process of its own. Trainer runs at its defaults and
 at its best (bf16, compiled, fused AdamW, loader processes; with Liger's kernels where they are installed). Ours and the
-nanoGPT loop have one setting each that is default and best. The first steps are left out of all rates alike.
+nanoGPT loop have one setting each that is default and best. The first steps are left out of all rates alike. Trainer's
+other settings run once, in the last round.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from setting import MODELS, TINY, drive, finish, parse, recipe, text_file, write
+from rows import Row, finish, output_of, run_rows
+from setting import MODELS, TINY, drive, parse, recipe, text_file
 from transformers import LlamaConfig
 
 from lmssl.shipped import find
 
 PEERS = Path(__file__).parent.parent / "peers"
 OURS = "lmssl"
-STEPS, WARMUP = 24, 10
+STEPS, WARMUP = 14, 6
+OUR_SECONDS, AGAIN_SECONDS = 30.0, 25.0
+"""Of a run, by guess: of ours that compiles layer by layer, and of any that finds what was compiled before."""
+TEXT_BYTES = 8_000_000
+"""Of the text that peers read: more than their steps need, for they prepare all that they are given."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,22 @@ class Entrant:
     script: str
     flags: tuple[str, ...] = ()
     steps: int = STEPS
+    seconds: float = 45.0
+    """Of the first run, by guess: these compile the whole model."""
 
 
-def entrants(args: argparse.Namespace) -> dict[str, Entrant | None]:
-    """By name, ours first."""
+def entrants(args: argparse.Namespace) -> tuple[dict[str, Entrant | None], dict[str, Entrant | None]]:
+    """By name: those of every round, ours first, and those of the last."""
     best = ("--bf16", "--compile", "--loaders", "4")
     few = STEPS // 2  # float32 is slow, and steady from its first steps on
-    found: dict[str, Entrant | None] = {OURS: None}
-    found["Trainer, best: bf16, compiled, fused AdamW, sdpa"] = Entrant("trainer.py", ("causal", *best))
+    always: dict[str, Entrant | None] = {OURS: None}
+    always["Trainer, best: bf16, compiled, fused AdamW, sdpa"] = Entrant("trainer.py", ("causal", *best))
+    always["nanoGPT loop: bf16, compiled, fused AdamW"] = Entrant("nanogpt.py", ("--device", args.device))
+    once: dict[str, Entrant | None] = {}
     if (further("liger_kernel") / "liger_kernel").is_dir() and args.device == "cuda":
-        found["Trainer, best with Liger"] = Entrant("trainer.py", ("causal", *best, "--liger"))
-    found["nanoGPT loop: bf16, compiled, fused AdamW"] = Entrant("nanogpt.py", ("--device", args.device))
-    found["Trainer, defaults: fp32, eager"] = Entrant("trainer.py", ("causal",), few)
-    return found
+        once["Trainer, best with Liger"] = Entrant("trainer.py", ("causal", *best, "--liger"))
+    once["Trainer, defaults: fp32, eager"] = Entrant("trainer.py", ("causal",), few, 25.0)
+    return always, once
 
 
 def further(package: str) -> Path:
@@ -70,6 +79,15 @@ def shared_folder(args: argparse.Namespace, length: int) -> Path:
     return folder
 
 
+def some_text(args: argparse.Namespace) -> Path:
+    """The beginning of the text, in whole lines."""
+    path: Path = args.scratch / "text-peers.jsonl"
+    if not path.exists():
+        with text_file(args).open("rb") as file:
+            path.write_bytes(b"".join(file.readlines(TEXT_BYTES)))
+    return path
+
+
 def theirs(args: argparse.Namespace, entrant: Entrant, folder: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
     """One run of a peer; what it prints last."""
     length, rows, steps = shape
@@ -77,16 +95,13 @@ def theirs(args: argparse.Namespace, entrant: Entrant, folder: Path, shape: tupl
     flags = [flag for flag in entrant.flags if flag != "causal"]
     if args.tiny:
         flags = [flag for flag in flags if flag not in ("--compile", "--loaders", "4")]
-    command = [sys.executable, str(PEERS / entrant.script), *positional, str(folder), str(text_file(args))]
+    command = [sys.executable, str(PEERS / entrant.script), *positional, str(folder), str(some_text(args))]
     command += ["--sequence-length", str(length), "--rows", str(rows), "--steps", str(steps), *flags]
     cache = str(args.scratch / "inductor-peers")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": cache}
     if "--liger" in flags:
         env["PYTHONPATH"] = os.pathsep.join([str(further("liger_kernel")), env.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        raise RuntimeError(f"status {done.returncode}: {done.stderr[-1500:]}")
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    row: dict[str, Any] = json.loads(output_of(command, env).strip().splitlines()[-1])
     return row
 
 
@@ -95,10 +110,7 @@ def ours(args: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, Any
     folders = ["--out", str(args.out), "--scratch", str(args.scratch)]
     command = [sys.executable, __file__, "--device", args.device, *folders, "--ours", ",".join(map(str, shape))]
     command += ["--tiny"] if args.tiny else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"status {done.returncode}: {done.stderr[-1500:]}")
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    row: dict[str, Any] = json.loads(output_of(command).strip().splitlines()[-1])
     return row
 
 
@@ -112,34 +124,41 @@ def inside(args: argparse.Namespace) -> None:
     print(json.dumps(row | {"documents_per_sequence": found.num_documents}))
 
 
+def planned(args: argparse.Namespace) -> list[Row]:
+    """Rounds of all entrants, in turn."""
+    length, rows, warmup = (128, 4, 1) if args.tiny else (2048, 16, WARMUP)
+    folder, rates = shared_folder(args, length), dict[tuple[int, str], float]()
+
+    def find(number: int, name: str, entrant: Entrant | None) -> dict[str, Any]:
+        began = time.monotonic()
+        steps = 3 if args.tiny else STEPS if entrant is None else entrant.steps
+        shape = length, rows, steps
+        found = ours(args, shape) if entrant is None else theirs(args, entrant, folder, shape)
+        left_out = min(warmup, steps // 2)
+        rate = length * rows / statistics.median(found["step_seconds"][left_out:])
+        rates[number, name] = rate
+        ratio = rates[number, OURS] / rate if (number, OURS) in rates else None
+        about = {"tokens_per_second": rate, "ours_ratio": ratio, "warmup": left_out}
+        return {**about, "seconds": time.monotonic() - began, **found}
+
+    always, once = entrants(args)
+    last, made = 1 if args.tiny else args.rounds, list[Row]()
+    for number in range(1, last + 1):
+        for name, entrant in {**always, **(once if number == last else {})}.items():
+            about = {"round": number, "name": name, "sequence_length": length, "rows": rows}
+            first = OUR_SECONDS if entrant is None else entrant.seconds
+            seconds = AGAIN_SECONDS if number > 1 and name in always else first
+            made.append(Row(about, partial(find, number, name, entrant), seconds))
+    return made
+
+
 def main() -> None:
     """Rounds of all entrants; a row at once."""
     args = parse(__doc__, rounds=2, ours="")
     if args.ours:
         inside(args)
         return
-    length, rows, warmup = (128, 4, 1) if args.tiny else (2048, 16, WARMUP)
-    folder, rates = shared_folder(args, length), dict[tuple[int, str], float]()
-    for number in range(1 if args.tiny else args.rounds):
-        for name, entrant in entrants(args).items():
-            if number and time.monotonic() + 25 > args.deadline:
-                print(f"peers: no time for {name} in round {number + 1}")
-                continue
-            steps = 3 if args.tiny else STEPS if entrant is None else entrant.steps
-            shape = length, rows, steps
-            about = {"round": number + 1, "name": name, "sequence_length": length, "rows": rows}
-            began = time.monotonic()
-            try:
-                found = ours(args, shape) if entrant is None else theirs(args, entrant, folder, shape)
-            except Exception as error:
-                write(args, "peers", **about, error=f"{type(error).__name__}: {error}"[:2000])
-                continue
-            left_out = min(warmup, steps // 2)
-            rate = length * rows / statistics.median(found["step_seconds"][left_out:])
-            rates[number, name] = rate
-            ratio = rates[number, OURS] / rate if (number, OURS) in rates else None
-            about |= {"tokens_per_second": rate, "ours_ratio": ratio, "warmup": left_out}
-            write(args, "peers", **about, seconds=time.monotonic() - began, **found)
+    run_rows(args, "peers", planned(args))
     finish(args)
 
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 
-from setting import parse, recipe, text_file, write
+from rows import write
+from setting import parse, recipe, text_file
 
 
 def main() -> None:

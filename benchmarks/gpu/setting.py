@@ -1,29 +1,29 @@
-"""What the stages of gpu.sh share: device, text, models, one session driven for some steps, one line of JSON a row."""
+"""What the stages of gpu.sh share: their options, text, models, and one session driven for some steps."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import os
-import platform
 import random
 import statistics
-import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import device_name
 
+from lmssl.model import flops
+from lmssl.model.source import stand_in
 from lmssl.objective.base import MicroBatch
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
+from lmssl.show import target_ratio
 from lmssl.train.agree import Agreement
 from lmssl.train.launch import frozen_objects
 from lmssl.train.lock import RunLock
@@ -32,14 +32,16 @@ from lmssl.train.peaks import peak_flops
 from lmssl.train.phases import Phases
 from lmssl.train.session import Session
 from lmssl.train.step import Measured, train_step
-from lmssl.train.telemetry import flops_per_token
 
 MFU_FORMULA = (
     "MFU = tokens/s x FLOPs per token / peak of dense bf16 products; FLOPs per token of a decoder = "
     "6 x (weights of all layers' matrices + vocabulary x width) + 12 x heads x head width x layers x length / 2, "
     "as if every sequence were one document"
 )
-_PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "torchao", "liger_kernel", "numpy")
+DOCUMENTS_FORMULA = (
+    "MFU by documents counts only attention that is needed: instead of length / 2, (sum of document length^2 / 2) / "
+    "tokens (in an encoder, which sees both ways, twice that, and no more than its window in local layers)"
+)
 _MEAN_DOCUMENT_BYTES = 4000
 """About a thousand tokens, as on the web."""
 
@@ -51,57 +53,14 @@ def parse(description: str | None, **more: Any) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="models too small to mean anything, to try the script")
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--scratch", type=Path, required=True, help="folder of text, caches and runs")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no row is begun that would take longer in all")
+    parser.add_argument("--until", type=float, default=float("inf"), help="when to end, in seconds since 1970")
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; try --device cpu --tiny")
-    args.deadline = time.monotonic() + args.seconds
-    args.num_errors = 0
+    args.deadline, args.num_errors = args.until, 0
     return args
-
-
-def device_name(device: str) -> str:
-    """What CUDA calls the card."""
-    return torch.cuda.get_device_name() if device == "cuda" else device
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers were taken on."""
-    found: dict[str, Any] = {"device": device_name(device), "cores": os.cpu_count(), "cpu": platform.machine()}
-    if device == "cuda":
-        found["cuda"] = torch.version.cuda
-        found["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    found["python"] = platform.python_version()
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def write(args: argparse.Namespace, stage: str, **fields: Any) -> None:
-    """Append one row as soon as it is known, and show it."""
-    row = {
-        "benchmark": f"gpu, {stage}",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "run": os.environ.get("LMSSL_GPU_RUN", ""),
-        "tiny": args.tiny,
-        "machine": machine(args.device),
-        **fields,
-    }
-    args.num_errors += "error" in fields
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / f"gpu-{stage}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{stage}: {json.dumps(fields)[:600]}", flush=True)
-
-
-def finish(args: argparse.Namespace) -> None:
-    """End the stage; with status 1 where a row failed."""
-    sys.exit(1 if args.num_errors else 0)
 
 
 def text_file(args: argparse.Namespace) -> Path:
@@ -243,16 +202,20 @@ class Driven:
     num_parameters: int = 0
     num_documents: float = 0.0
     """Segments in a sequence, on average."""
-    flops_per_token: int = 0
+    flops_per_token: float = 0.0
+    """As if every sequence were one document."""
+    document_flops_per_token: float = 0.0
+    """By the lengths of the segments that were read."""
 
     def rate(self, warmup: int) -> float:
         """Tokens per second, by the median step."""
         return self.tokens_per_step / statistics.median(self.step_seconds[warmup:])
 
-    def utilisation(self, rate: float, device: str) -> float | None:
-        """Of the device's dense peak in bf16; None where that is not known."""
+    def utilisation(self, rate: float, device: str) -> dict[str, float | None]:
+        """Of the device's dense peak in bf16, counted both ways; None where that is not known."""
         peak = peak_flops(device_name(device), "bf16")
-        return None if peak is None else rate * self.flops_per_token / peak
+        counted = {"mfu": self.flops_per_token, "mfu_documents": self.document_flops_per_token}
+        return {name: None if peak is None else rate * each / peak for name, each in counted.items()}
 
 
 def drive(
@@ -267,7 +230,7 @@ def drive(
     lock = RunLock(Path(recipe.out_path))
     session = open_session(recipe, lambda text: print(f"  {text}", flush=True), lock=lock)
     found = Driven(tokens_per_step=recipe.train.batch_tokens, num_parameters=session.backend.num_parameters)
-    found.flops_per_token = _flops(session)
+    lengths = Counter[int]()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     agreement, phases, clock = Agreement(lambda: False, lambda: 0.0), Phases(session.accelerator.device), Clock(device)
@@ -277,7 +240,7 @@ def drive(
             clock.mark()
             for number in range(steps):
                 micro_batches = next(batches)
-                found.num_documents = documents(micro_batches)
+                lengths.update(document_lengths(micro_batches))
                 step = _Step(session, micro_batches, number, agreement, phases)
                 (around or _plainly)(number, step)
                 clock.mark()
@@ -286,6 +249,7 @@ def drive(
                     found.losses.append(_loss(pending.pop(0)))
             found.losses.append(_loss(pending.pop()))
         found.step_seconds = clock.seconds()
+        count_flops(found, session, lengths, steps)
         found.memory_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     finally:
         batches.close()  # type: ignore[attr-defined]
@@ -330,15 +294,39 @@ def _loss(measured: Measured | None) -> float:
     return float(measured.loss.item())
 
 
-def _flops(session: Session) -> int:
-    vocabulary = session.core.model.config.get_text_config().vocab_size
-    per_token = flops_per_token(session.recipe, vocabulary)
-    return 0 if per_token is None else next(iter(per_token.values()))
+def count_flops(found: Driven, session: Session, lengths: Counter[int], steps: int) -> None:
+    """Operations a token, and documents a sequence; tokens of padding attend to nothing."""
+    recipe, tokens = session.recipe, found.tokens_per_step * steps
+    vocabulary, (model, _) = session.core.model.config.get_text_config().vocab_size, stand_in(recipe.model)
+
+    def per_token(length: int) -> int:
+        return flops.trained_flops_per_token(
+            model,
+            recipe.objective,
+            vocab_size=vocabulary,
+            sequence_length=length,
+            target_ratio=target_ratio(recipe.objective),
+        )
+
+    length = recipe.data.sequence_length
+    found.num_documents = lengths.total() / (tokens / length)
+    found.flops_per_token = per_token(length)
+    text = sum(each * count for each, count in lengths.items())
+    needed = sum(each * count * per_token(each) for each, count in lengths.items())
+    found.document_flops_per_token = (needed + (tokens - text) * per_token(0)) / tokens
 
 
-def documents(micro_batches: list[MicroBatch]) -> float:
-    """Segments of a sequence, on average."""
-    return statistics.mean(float(micro.inputs["segments_BT"].amax(1).float().mean()) for micro in micro_batches)
+def document_lengths(micro_batches: list[MicroBatch]) -> list[int]:
+    """Tokens of every segment, padding left out."""
+    found: list[int] = []
+    for micro in micro_batches:
+        segments_BT = micro.inputs["segments_BT"]
+        first_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+        first_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+        starts = first_BT.reshape(-1).nonzero()[:, 0]
+        ends = torch.cat([starts[1:], starts.new_tensor([segments_BT.numel()])])
+        found += (ends - starts)[segments_BT.reshape(-1)[starts] != 0].tolist()
+    return found
 
 
 def release() -> None:

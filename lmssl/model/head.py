@@ -121,7 +121,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), _scaled(grad_weight_VD, grads[0]), None, None
+        return _scaled(grad_hidden_ND, grads[0]), _scaled(grad_weight_VD, grads[0]), None, None
 
 
 _FURTHER_COLUMNS = 7
@@ -163,8 +163,8 @@ class _LossAndCorrect(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         grad_bias_V = None if grad_bias_V is None else grad_bias_V * grads[0]
-        grad_weight_VD = _scaled(grad_weight_VD, grads[0])
-        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_weight_VD, grad_bias_V, None, None
+        grad_hidden_ND, grad_weight_VD = (_scaled(x, grads[0]) for x in (grad_hidden_ND, grad_weight_VD))
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None
 
 
 def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alone: bool) -> Tensor:
@@ -190,12 +190,38 @@ def _plus_product(total_VD: Tensor, left_ND: Tensor, right_NV: Tensor) -> None:
     gcc 12 at -O3 makes garbage of that on CPUs with AVX-512 (torch 2.13; without SLP vectorisation it does not).
     """
     on_gpu = _on_gpu(left_ND)
+    if on_gpu and left_ND.dtype != torch.float32 and _sums_in_place(left_ND.device, left_ND.dtype):
+        torch.addmm(total_VD, right_NV.t(), left_ND, out_dtype=torch.float32, out=total_VD)
+        return
     turned_DN = left_ND.t() if on_gpu else left_ND.t().contiguous()
-    rows = max(1, (_GPU_TILE_ELEMENTS if on_gpu else _TILE_ELEMENTS) // left_ND.shape[1])
+    rows = _tile_rows(left_ND.shape[1], _GPU_TILE_ELEMENTS if on_gpu else _TILE_ELEMENTS)
     for start in range(0, len(total_VD), rows):
         part_NV = right_NV[:, start : start + rows]
         product_VD = _wide_product(part_NV.t(), left_ND) if on_gpu else _product(turned_DN, part_NV).t()
         total_VD[start : start + rows] += product_VD
+
+
+def _tile_rows(width: int, elements: int) -> int:
+    """Rows of a tile: a multiple of 64 where there are as many, for products on a GPU want columns to begin there."""
+    rows = max(1, elements // width)
+    return rows - rows % 64 if rows >= 64 else rows
+
+
+@cache
+def _sums_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of 16 bits can be added to float32 where it lies, without a pass that reads and one that adds.
+
+    Asked of a small product, once: not every version of torch takes a sum of another type than its factors.
+    """
+    left = torch.linspace(-1, 1, 64 * 128, device=device).reshape(64, 128).to(dtype)
+    right = left[:, :64].flip(1)
+    total = torch.full((128, 64), 0.125, device=device)
+    expected = (left.double().t() @ right.double() + 0.125).float()
+    try:
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
+        return torch.allclose(total, expected, rtol=1e-4, atol=1e-4)
+    except (RuntimeError, TypeError):  # NotImplementedError is one of the former
+        return False
 
 
 def _product(left_DN: Tensor, right_NV: Tensor) -> Tensor:
@@ -215,9 +241,13 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
 
 
-def _scaled(gradient_VD: Tensor, factor: Tensor) -> Tensor:
-    """`gradient_VD * factor`, in its place where no compiler looks on, for it is large and nobody else's."""
-    return gradient_VD * factor if torch.compiler.is_compiling() else gradient_VD.mul_(factor)
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient * factor`, rounded once, in its place where no compiler looks on: it is large and nobody else's."""
+    # A factor without dimensions would first be rounded to the gradient's type, though not by kernels on CPU.
+    wide = factor.reshape(1)
+    if torch.compiler.is_compiling():
+        return (gradient * wide).to(gradient.dtype)
+    return gradient.mul_(wide if gradient.is_cuda else factor)
 
 
 def _loss_of_chunk(
@@ -273,6 +303,8 @@ def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Te
 
 LOGITS_BYTES = {"cuda": 2**29}
 """Of one chunk, by kind of device: what keeps a GPU busy. Fused, its 16 bits of logits and gradients take as much."""
+_GPU_BYTES_PER_TARGET = 2**15
+"""Of one chunk, for all targets of the micro-batch: a small one's chunk stays small beside its activations."""
 
 
 def chunk_size(num_targets: int, vocab_size: int, *, device: str = "cpu", logits_bytes: int | None = None) -> int:
@@ -280,13 +312,15 @@ def chunk_size(num_targets: int, vocab_size: int, *, device: str = "cpu", logits
 
     Args:
         device: its kind.
-        logits_bytes: None: 64 MiB, on a GPU 512 MiB.
+        logits_bytes: None: 64 MiB, on a GPU 512 MiB, or less for a few targets.
 
     >>> chunk_size(8192, 16384)
     1024
     """
     if logits_bytes is None:
         logits_bytes = LOGITS_BYTES.get(device, 2**26)
+        if device in LOGITS_BYTES:
+            logits_bytes = min(logits_bytes, max(2**26, _GPU_BYTES_PER_TARGET * num_targets))
     if 4 * vocab_size * num_targets <= 2 * logits_bytes:
         return num_targets  # a short second chunk costs more than it saves
     size = max(256, logits_bytes // (4 * vocab_size))

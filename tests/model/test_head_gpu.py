@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -62,6 +64,42 @@ def test_what_the_fused_loss_is_made_of_compiles() -> None:
 def test_a_chunk_on_a_gpu_is_larger() -> None:
     assert chunk_size(65536, 50304, device="cuda") == LOGITS_BYTES["cuda"] // (4 * 50304 * 2048) * 2048 == 2048
     assert chunk_size(65536, 50304) == 256
+    assert chunk_size(65536, 131072, device="cuda") == 1024
+    assert chunk_size(8192, 131072, device="cuda") == 512, "a small micro-batch has few activations to hide a chunk"
+    assert chunk_size(8192, 1024, device="cuda") == 8192
+
+
+def test_tiles_begin_where_products_want_columns_to_begin() -> None:
+    assert head._tile_rows(768, head._GPU_TILE_ELEMENTS) == 43648 == 682 * 64
+    assert [head._tile_rows(16, elements) for elements in (1, 160, 64 * 16)] == [1, 10, 64]
+
+
+def test_sums_in_place_are_asked_for_and_used_only_where_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, sums = torch.addmm, head._sums_in_place.__wrapped__
+    device = torch.device("cpu")
+    assert not sums(device, torch.bfloat16), "torch has this for CUDA only"
+
+    def addmm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return plain(total, left.float(), right.float(), out=kwargs["out"])
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert sums(device, torch.bfloat16)
+    monkeypatch.setattr(head, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(head, "_sums_in_place", sums)
+    left, right, total = torch.randn(40, 16).bfloat16(), torch.randn(40, 24).bfloat16(), torch.ones(24, 16)
+    head._plus_product(total, left, right)
+    torch.testing.assert_close(total, right.float().t() @ left.float() + 1)
+    monkeypatch.setattr(torch, "addmm", lambda total, left, right, **_: total.add_((left @ right).float()))
+    assert not sums(device, torch.bfloat16), "sums are rounded"
+
+
+def test_the_factor_of_a_gradient_is_not_rounded() -> None:
+    """Neither in place nor compiled, where the gradient is rounded once and the factor never."""
+    gradient, factor = torch.randn(1000).bfloat16(), torch.tensor(1 / 3777)
+    exact = (gradient.double() * factor.double()).bfloat16()
+    compiled = torch.compile(head._scaled, backend="aot_eager", dynamic=False)
+    for scaled in (compiled, head._scaled):
+        assert torch.equal(scaled(gradient.clone(), factor), exact)
 
 
 @pytest.mark.gpu
@@ -79,3 +117,6 @@ def test_on_a_gpu_sums_of_the_weights_gradient_are_not_rounded() -> None:
     left, right = (torch.randn(4096, n, device="cuda").bfloat16() for n in (64, 96))
     exact = right.double().t() @ left.double()
     assert float((head._wide_product(right.t(), left) - exact).norm() / exact.norm()) < 1e-5
+    total = torch.ones(96, 64, device="cuda")
+    head._plus_product(total, left, right)
+    assert float((total - 1 - exact).norm() / exact.norm()) < 1e-5
