@@ -50,7 +50,7 @@ class Entrant:
 
 def entrants(args: argparse.Namespace) -> tuple[dict[str, Entrant | None], dict[str, Entrant | None]]:
     """By name: those of every round, ours first, and those of the last."""
-    best = ("--bf16", "--compile", "--loaders", "4")
+    best = ("--bf16", "--compile", "--best", "--loaders", "4")
     few = STEPS // 2  # float32 is slow, and steady from its first steps on
     always: dict[str, Entrant | None] = {OURS: None}
     always["Trainer, best: bf16, compiled, fused AdamW, sdpa"] = Entrant("trainer.py", ("causal", *best))
