@@ -300,7 +300,7 @@ class Epochs:
             raise too_many_bad(self.corpus, path, bad, self._max_bad_records)
         if entry.ends_epoch and not any(window.num_sequences for window in windows):
             if not any(chunk.meta.num_documents for chunk in self.chunks("validation")):
-                raise empty_corpus(self.corpus)
+                raise self._nothing_read()
             if any(window.num_dropped for window in windows):
                 raise DataError(
                     "data.filters drops every document of the corpus that is not held out",
@@ -312,6 +312,17 @@ class Epochs:
                 where=f"data.mixture, corpus {self.corpus!r}",
                 remedy="lower data.validation.ratio, add text, or set data.validation: null",
             )
+
+    def _nothing_read(self) -> DataError:
+        bad = [found for chunk in self.chunks("validation") for found in bad_records(chunk)]
+        if not bad:
+            return empty_corpus(self.corpus)
+        path, first = bad[0]
+        return DataError(
+            f"corpus {self.corpus!r} holds no text that can be read, of {len(bad)} records none: {first.reason}",
+            where=f"{path}, record {first.number} (at {first.start})",
+            remedy="convert or repair the file; text must be UTF-8",
+        )
 
 
 def _checksum(chunks: Sequence[Chunk]) -> str:

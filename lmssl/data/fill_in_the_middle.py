@@ -53,8 +53,9 @@ class FillInTheMiddle:
                 raise DataError(
                     f"data.fill_in_the_middle.{role} is {token!r}, and the tokenizer has no such token",
                     where=str(tokenizer.path),
-                    remedy=f"name the tokenizer's own token in data.fill_in_the_middle.{role}, or train a tokenizer "
-                    f"with {token!r} among its extra_special_tokens",
+                    remedy=f"name the tokenizer's own token in data.fill_in_the_middle.{role}, or add all three: "
+                    f"lmssl extend-tokenizer {tokenizer.path} --out FOLDER --special '{section.prefix}' "
+                    f"--special '{section.middle}' --special '{section.suffix}', then tokenizer.path=FOLDER",
                 )
             ids[role] = found
         if len(set(ids.values())) < len(ids):

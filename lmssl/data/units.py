@@ -141,8 +141,8 @@ def empty_corpus(name: str) -> DataError:
     """The error for a corpus without any text."""
     return DataError(
         "the corpus holds no text",
-        where=f"data.mixture, corpus {name!r}",
-        remedy="point it at text that is not empty, or take it out of the mixture",
+        where=f"corpus {name!r}",
+        remedy="point it at text that is not empty, or take it out of the recipe",
     )
 
 

@@ -83,7 +83,10 @@ def fill_masks(subject: Subject, prompt: str, *, top_k: int) -> list[list[tuple[
             remedy=f'write one where a word is missing: "Paris is the {_mask(subject.reader)} of France."',
         )
     with torch.no_grad():
-        logits = subject.model(input_ids=_row(subject, ids)).logits[0, places, : subject.tokenizer.num_tokens]
+        output = subject.model(input_ids=_row(subject, ids))
+        # The other name is that of a model with a second task.
+        whole: Tensor = output["logits" if "logits" in output else "prediction_logits"]
+        logits = whole[0, places, : subject.tokenizer.num_tokens]
     found = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
     decode = subject.tokenizer.backend.decode
     return [

@@ -62,6 +62,10 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
                     console.print(f"[bold]{escape(row['name'])}[/bold]: {escape(_plain(sample['text']))}\n")
             continue
         names = _SHOWN.get(kind) or tuple(dict.fromkeys(name for row in of_kind for name in row["metrics"]))
+        if kind == "loss":  # and of an objective with several tasks those that `loss` leaves out
+            found = (name for row in of_kind for name in row["metrics"])
+            further = [name for name in found if name.startswith("loss_") or name.endswith("_accuracy")]
+            names = tuple(dict.fromkeys((*names, *further)))
         names = tuple(name for name in names if any(name in row["metrics"] for row in of_kind))
         if kind != "lm_eval":
             console.print(_table(kind, names, {row["name"]: row["metrics"] for row in of_kind}))

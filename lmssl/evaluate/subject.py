@@ -163,9 +163,10 @@ def _open_folder(path: Path) -> Subject:
         tokenizer = _folder_tokenizer(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise EvaluationError(
-            f"the model cannot be loaded: {reason}", where=str(path), remedy="write the folder again"
-        ) from error
+        remedy = "write the folder again"
+        if (path / "generator" / "config.json").is_file():
+            remedy = f"give the generator, which knows words: {path / 'generator'}"
+        raise EvaluationError(f"the model cannot be loaded: {reason}", where=str(path), remedy=remedy) from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -40,6 +41,7 @@ SIZE_FIELDS = (
     *("embedding_size", "num_experts", "n_routed_experts"),
 )
 """Fields that decide a model's size under the names transformers' families use; none may be left to its default."""
+_ACTIVATIONS = {"hidden_act", "hidden_activation", "activation_function", "activation"}
 SPAN_KINDS = ("t5", "umt5", "mt5")
 """Kinds with an encoder and a decoder whose document attention is known here."""
 UNDECLARED_FIELDS: dict[str, dict[str, Any]] = {
@@ -220,6 +222,14 @@ def _check_fields(kind: str, given: dict[str, Any], known: dict[str, Any]) -> No
                 f"{kind} has no field {name!r}",
                 where=f"model.{name} = {given[name]!r}",
                 remedy=f"did you mean {near[0]!r}?" if near else f"see transformers' config class of {kind}",
+            )
+    for name in _ACTIVATIONS & given.keys():
+        if isinstance(given[name], str) and given[name] not in ACT2FN:
+            near = difflib.get_close_matches(given[name], ACT2FN, n=1)
+            raise ModelError(
+                f"transformers has no activation {given[name]!r}",
+                where=f"model.{name}",
+                remedy=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(ACT2FN))}",
             )
     missing = [name for name in SIZE_FIELDS if isinstance(known.get(name), int) and name not in given]
     if missing:

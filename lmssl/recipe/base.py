@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -31,6 +31,12 @@ Int = Annotated[int, BeforeValidator(_integral)]
 
 Float = Annotated[float, BeforeValidator(_real)]
 """A float; an integer is accepted, a boolean is not."""
+
+_Gelu = Literal["gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"]
+_Relu = Literal["gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "prelu", "silu", "swish"]
+_Other = Literal["hardswish", "laplace", "linear", "mish", "sigmoid", "sqrtsoftplus", "tanh", "xielu"]
+Activation = _Gelu | _Relu | _Other
+"""Transformers' names."""
 
 AsTuple = BeforeValidator(_tuple)
 """Accepts a YAML list where the model holds a tuple."""

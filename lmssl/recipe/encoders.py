@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lmssl.recipe.base import Float, Int
+from lmssl.recipe.base import Activation, Float, Int
 from lmssl.recipe.family import BuiltModel, DrawnModel, RotaryModel
 
 
@@ -23,7 +23,7 @@ class _BertLike(DrawnModel):
     num_attention_heads: Int = Field(ge=1)
     max_position_embeddings: Int | None = Field(default=None, ge=1)
     """Null: `data.sequence_length`."""
-    hidden_act: str = "gelu"
+    hidden_act: Activation = "gelu"
     hidden_dropout_prob: Float = Field(default=0.0, ge=0, lt=1)
     attention_probs_dropout_prob: Float = Field(default=0.0, ge=0, lt=1)
 
@@ -76,7 +76,7 @@ class ModernBertModel(DrawnModel):
     """Tokens that the other layers see, half of them to each side."""
     global_rope_theta: Float = Field(default=160_000.0, gt=0)
     local_rope_theta: Float = Field(default=10_000.0, gt=0)
-    hidden_activation: str = "gelu"
+    hidden_activation: Activation = "gelu"
     initializer_cutoff_factor: Float = Field(default=2.0, gt=0)
     """Initial weights are within so many standard deviations."""
     norm_eps: Float = Field(default=1e-5, gt=0)
@@ -90,7 +90,7 @@ class ModernBertModel(DrawnModel):
     """Of the head."""
     classifier_bias: bool = False
     """Of the head's transform."""
-    classifier_activation: str = "gelu"
+    classifier_activation: Activation = "gelu"
 
 
 class EuroBertModel(RotaryModel):
@@ -113,7 +113,7 @@ class DistilBertModel(DrawnModel):
     n_heads: Int = Field(ge=1)
     max_position_embeddings: Int | None = Field(default=None, ge=1)
     """Null: `data.sequence_length`."""
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     dropout: Float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: Float = Field(default=0.0, ge=0, lt=1)
 
@@ -135,7 +135,9 @@ class T5Model(BuiltModel):
     """Width of a head; null: d_model / num_heads."""
     relative_attention_num_buckets: Int = Field(default=32, ge=2)
     relative_attention_max_distance: Int = Field(default=128, ge=2)
-    feed_forward_proj: str = "gated-gelu"
+    feed_forward_proj: Literal["relu", "gelu", "gelu_new", "silu", "gated-relu", "gated-gelu", "gated-silu"] = (
+        "gated-gelu"
+    )
     """An activation, after `gated-` with a gate: `relu` is T5's own, `gated-gelu` that of version 1.1."""
     dropout_rate: Float = Field(default=0.0, ge=0, lt=1)
     layer_norm_epsilon: Float = Field(default=1e-6, gt=0)

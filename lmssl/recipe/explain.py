@@ -236,8 +236,10 @@ def _type_remedy(name: str, value: Any, annotation: Any) -> str:
         return f'put it in quotes: "{number(value)}"'
     for option in options:
         if get_origin(option) is tuple and not isinstance(value, dict | list):
-            inner = keys.sections(get_args(option)[0])
-            return f"write a list: [{example(inner[0]) if inner else word(value)}]"
+            parts = [part for part in get_args(option) if part is not Ellipsis]
+            inner = keys.sections(parts[0])
+            one = example(inner[0]) if inner else word(value)
+            return f"write a list: [{', '.join([one, *(f'<{expectation(part)}>' for part in parts[1:])])}]"
     if inner := keys.sections(annotation):
         given = value if isinstance(value, str | int | float) and not isinstance(value, bool) else None
         return f"write {name.rsplit('.', 1)[-1]}: {example(inner[0], given)}"

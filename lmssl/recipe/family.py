@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from lmssl.recipe.base import Float, Int, Section
+from lmssl.recipe.base import Activation, Float, Int, Section
 
 
 class ModelBase(Section):
@@ -72,6 +72,6 @@ class RotaryModel(DrawnModel):
     """Null: `data.sequence_length`."""
     rope_theta: Float = Field(default=10_000.0, gt=0)
     rms_norm_eps: Float = Field(default=1e-6, gt=0)
-    hidden_act: str = "silu"
+    hidden_act: Activation = "silu"
     attention_bias: bool = False
     attention_dropout: Float = Field(default=0.0, ge=0, lt=1)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from lmssl.recipe.base import Float, Int
+from lmssl.recipe.base import Activation, Float, Int
 from lmssl.recipe.encoders import (
     BertModel,
     DistilBertModel,
@@ -22,6 +22,7 @@ from lmssl.recipe.encoders import (
     encoder_sizes,
 )
 from lmssl.recipe.family import ContinuedModel, DrawnModel, ModelBase, RotaryModel
+from lmssl.recipe.words import one_of
 
 
 class LlamaModel(RotaryModel):
@@ -48,7 +49,7 @@ class Gpt2Model(DrawnModel):
     """Null: `data.sequence_length`."""
     n_inner: Int | None = Field(default=None, ge=1)
     """Null: 4 x n_embd."""
-    activation_function: str = "gelu_new"
+    activation_function: Activation = "gelu_new"
     resid_pdrop: Float = Field(default=0.0, ge=0, lt=1)
     embd_pdrop: Float = Field(default=0.0, ge=0, lt=1)
     attn_pdrop: Float = Field(default=0.0, ge=0, lt=1)
@@ -61,6 +62,26 @@ class OtherModel(DrawnModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     kind: str
+
+
+_NEEDS: dict[str, tuple[Any, str]] = {
+    "masked": (EncoderModel, "a bidirectional encoder"),
+    "replaced": (ElectraModel, "a generator and a discriminator"),
+    "span": (T5Model, "an encoder with a decoder"),
+}
+_DECODERS = LlamaModel | Qwen3Model | Gpt2Model
+
+
+def lacking_kind(model: ModelBase, objective: str) -> str | None:
+    """What is wrong where a shipped family is not what an objective trains; of others, the model's builder says it."""
+    classes, what = _NEEDS.get(objective, (_DECODERS, "a decoder"))
+    if isinstance(model, classes) or not isinstance(model, (_DECODERS, EncoderModel, T5Model)):
+        return None
+    kind = getattr(model, "kind", "")
+    fitting = [name for name, family in FAMILIES.items() if issubclass(family, classes)]
+    return (
+        f"the objective {objective} needs {what}, and {kind} is none; use {one_of(fitting)}, or another objective.kind"
+    )
 
 
 FAMILIES: dict[str, type[ModelBase]] = {

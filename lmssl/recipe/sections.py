@@ -16,7 +16,7 @@ from lmssl.recipe.encoders import EncoderModel, T5Model, encoder_problems
 from lmssl.recipe.evaluate import EvaluateSection, evaluate_problems
 from lmssl.recipe.family import ModelBase
 from lmssl.recipe.guard import GuardSection
-from lmssl.recipe.model import Gpt2Model, LlamaModel, ModelSection, Qwen3Model, null_sizes
+from lmssl.recipe.model import Gpt2Model, LlamaModel, ModelSection, Qwen3Model, lacking_kind, null_sizes
 from lmssl.recipe.objective import AnyObjective, ReplacedObjective, data_defaults, objective_problems
 from lmssl.recipe.optim import AnyOptim, optim_problems
 from lmssl.recipe.schedule import AnySchedule, BranchSection, schedule_problems
@@ -309,6 +309,8 @@ def _model_problems(recipe: Recipe) -> Iterator[str]:
         limit = getattr(model, key, None)
         if isinstance(limit, int) and limit < length:
             yield f"model.{key}: {limit} is less than {name}={length}; raise it, or leave it out"
+    if (needs := lacking_kind(model, recipe.objective.kind)) is not None:
+        yield f"model.kind: {needs}"
     if isinstance(model, Gpt2Model) and model.n_embd % model.n_head:
         yield f"model.n_embd: {model.n_embd} is not a multiple of model.n_head={model.n_head}; change one of them"
     if isinstance(model, LlamaModel | Qwen3Model):

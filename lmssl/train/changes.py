@@ -167,6 +167,8 @@ def same_history(old: Recipe, new: Recipe, found: Checkpoint) -> bool:
         return True
     if steps > new.steps or _first_other_step(old, new, steps) is not None:
         return False
+    if old.train.max_hours is None and new.train.max_hours is None:
+        return True
     # When each step was made is not known, but what time does to a rate it does until the end.
     return rate_at(old, found) == rate_at(new, found)
 
@@ -237,14 +239,15 @@ def _other_rates(old: Recipe, new: Recipe, newest: Checkpoint) -> CheckpointErro
     step = _first_other_step(old, new, min(newest.step, new.steps))
     if newest.step > new.steps and step is None:
         why = f"the run has made {newest.step} steps already, more than {new.steps}"
-    elif step is None and rate_at(old, newest) != rate_at(new, newest):
+    elif step is None and not _same_masks(old, new, newest.step):
+        why = "the rate of masks had begun to change"
+    elif step is None:
         why = (
             f"by the hours that it took, the learning rate was at {rate_at(old, newest):.4g} of its peak after step "
             f"{newest.step}, and would have been at {rate_at(new, newest):.4g}"
         )
-    elif step is None:
-        why = "the rate of masks had begun to change"
     else:
+        assert step is not None
         tokens = old.batches.tokens_before(step)
         why = (
             f"step {step + 1} had {_ratio(old, tokens):.4g} of the peak learning rate, and would have had "

@@ -73,6 +73,12 @@ def _numbers(row: dict[str, Any]) -> str:
     parts = [f"loss {row['loss']:.4f}" if row.get("loss") is not None else "loss -"]
     if row.get("bits_per_byte") is not None:
         parts.append(f"bits/byte {row['bits_per_byte']:.3f}")
+    # Of an objective with several tasks, those that `loss` leaves out.
+    parts += [
+        f"{name.removeprefix('loss_')} {row[name]:.4f}"
+        for name in row
+        if name.startswith("loss_") and row[name] is not None
+    ]
     parts.append(f"lr {row['lr']:.1e}")
     time = row["time"]
     parts.append(f"{time['tokens_per_second']:,.0f} tok/s")

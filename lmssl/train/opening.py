@@ -285,7 +285,8 @@ def _check_run_folder(run: Path, recipe: Recipe) -> None:
                 f"{run} is not empty and is no run folder", where="out", remedy="choose another out, or empty it"
             )
         return
-    check_fields(run, recipe)
+    if checkpoint.step_folders(run):  # a start that saved nothing has nothing that another recipe would spoil
+        check_fields(run, recipe)
 
 
 def _open_run_folder(

@@ -280,7 +280,7 @@ def test_held_out_documents_stay_as_they_are(open_marked: Open, jsonl: Any, mark
 def test_a_sentinel_that_the_tokenizer_lacks(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"fill_in_the_middle.prefix is '<\|fim_prefix\|>'.*no such token") as caught:
         FillInTheMiddle.of(FillInTheMiddleSection(), tokenizer)
-    assert caught.value.where == str(tokenizer.path) and "extra_special_tokens" in str(caught.value)
+    assert caught.value.where == str(tokenizer.path) and "lmssl extend-tokenizer" in str(caught.value)
 
 
 def test_sentinels_that_are_not_three(marked: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from lmssl.data.ledger import Ledger
 from lmssl.data.stream import SequenceStream
 from lmssl.data.window import Row
 from lmssl.errors import DataError
-from lmssl.recipe.data import JsonlCorpus
+from lmssl.recipe.data import JsonlCorpus, TextCorpus
 from lmssl.tokenizer.load import Tokenizer
 
 Open = Callable[..., SequenceStream]
@@ -287,6 +287,14 @@ def test_a_corpus_of_whitespace(open_stream: Open, tmp_path: Path) -> None:
     path.write_text('{"text": " \\n"}\n' * 9)
     with pytest.raises(DataError, match="the corpus holds no text"):
         open_stream(JsonlCorpus(name="a", kind="jsonl", path=str(path))).sequence(0)
+
+
+def test_a_corpus_in_another_encoding_is_not_called_empty(open_stream: Open, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("Some text that is there.\n" * 9, encoding="utf-16")
+    with pytest.raises(DataError, match=r"no text that can be read, of \d+ records none: .*UTF-8") as caught:
+        open_stream(TextCorpus(name="a", kind="text", path=str(path))).sequence(0)
+    assert str(path) in str(caught.value.where)
 
 
 def test_an_interruption_leaves_no_trace_in_what_counts_as_a_duplicate(

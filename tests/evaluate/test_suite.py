@@ -292,3 +292,11 @@ def test_torch_is_not_needed_to_refuse_a_suite(tmp_path: Path, capsys: pytest.Ca
     assert main(["eval", str(tmp_path), "--suite", str(path)]) == 2
     assert "at least 1 item" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+def test_all_tasks_of_an_objective_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"loss": 2.5, "num_targets": 10, "loss_sentence": 0.625, "sentence_accuracy": 0.75, "paired_ratio": 0.5}
+    results.show([{"kind": "loss", "name": "held-out", "metrics": metrics}], Console(width=120))
+    said = capsys.readouterr().out
+    assert "loss sentence" in said and "0.6250" in said and "sentence accuracy" in said and "0.7500" in said
+    assert "paired" not in said

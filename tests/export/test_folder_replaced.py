@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from lmssl import checkpoint
+from lmssl import checkpoint, cli
 from lmssl.data.batch import SequenceBatch
 from lmssl.data.stream import SequenceStream
 from lmssl.export import export_run, load_model
@@ -146,3 +146,11 @@ def test_metrics_tell_of_both(exported: Path) -> None:
     assert rows[0]["loss_replaced"] == pytest.approx(math.log(2), rel=0.05)
     assert all(0 <= row["accuracy"] <= 1 and 0 <= row["detection_accuracy"] <= 1 for row in rows)
     assert rows[0]["replaced_ratio"] == pytest.approx(0.15, abs=0.02)
+
+
+def test_the_discriminator_sends_who_wants_words_to_the_generator(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", str(exported), "A [MASK] raises an [MASK]."]) == 10
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no language-modelling head" in said and str(exported / "generator") in said.replace(" ", "")

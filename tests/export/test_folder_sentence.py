@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, BertForPreTraining, pipeline
 
-from lmssl import checkpoint
+from lmssl import checkpoint, cli
 from lmssl.data.batch import SequenceBatch
 from lmssl.data.stream import SequenceStream
 from lmssl.export import export_run, load_model
@@ -105,3 +105,15 @@ def test_metrics_tell_of_both(exported: Path) -> None:
     rows = metrics(exported.parent / "run")
     assert rows[0]["loss_sentence"] == pytest.approx(0.693, rel=0.1)
     assert all(0 <= row["sentence_accuracy"] <= 1 and 0 < row["paired_ratio"] <= 1 for row in rows)
+
+
+def test_masks_are_filled_from_the_run_as_from_the_export(
+    exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    said = []
+    for path in (exported.parent / "run", exported):
+        capsys.readouterr()
+        assert cli.main(["generate", str(path), "The [MASK] is"]) == 0
+        said.append(capsys.readouterr().out)
+    assert "%" in said[0] and said[0] == said[1]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from kinds import MASKED, SPAN, VOCAB, Tokens, tiny
 from lmssl.errors import ModelError
 from lmssl.model.build import build_config, build_model, check_masked_head
+from lmssl.recipe.base import Activation
 from lmssl.recipe.model import FAMILIES, Gpt2Model, LlamaModel, OtherModel, Qwen3Model
 
 LLAMA: dict[str, Any] = {
@@ -68,6 +70,15 @@ def test_unknown_kind_names_the_nearest() -> None:
 def test_unknown_field_names_the_nearest() -> None:
     with pytest.raises(ModelError, match="did you mean 'hidden_size'"):
         config(OtherModel(**{**LLAMA, "kind": "mistral", "hiden_size": 3}))
+
+
+def test_an_activation_that_transformers_lacks_names_the_nearest() -> None:
+    with pytest.raises(ModelError, match="no activation 'silo'.*did you mean 'silu'"):
+        config(OtherModel(**{**LLAMA, "kind": "mistral", "hidden_act": "silo"}))
+
+
+def test_shipped_families_take_every_activation_of_transformers() -> None:
+    assert {name for part in get_args(Activation) for name in get_args(part)} == {*ACT2FN}
 
 
 def test_sizes_left_out_are_refused() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from kinds import MASKED, SPAN
+from lmssl.errors import RecipeError
 from lmssl.recipe.encoders import EncoderModel, T5Model, encoder_problems
+from lmssl.recipe.load import load_recipe
 from lmssl.recipe.model import FAMILIES, ModelSection, null_sizes
 
 
@@ -68,3 +71,18 @@ def test_a_width_of_heads_of_its_own_frees_the_model_width() -> None:
 def test_t5_matrices_are_always_tied() -> None:
     with pytest.raises(ValidationError, match="tie_word_embeddings"):
         section("t5", tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "objective", "problem"),
+    [
+        ("masked-bert", "causal", "the objective causal needs a decoder, and bert is none; use llama, qwen3 or gpt2"),
+        ("masked-bert", "replaced", "replaced needs a generator and a discriminator, and bert is none; use electra"),
+        ("masked-bert", "span", "span needs an encoder with a decoder, and bert is none; use t5, umt5 or mt5"),
+        ("gpt-llama", "masked", "masked needs a bidirectional encoder, and llama is none; use bert"),
+    ],
+)
+def test_a_family_for_another_objective_is_refused_with_its_line(recipe: str, objective: str, problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem) as caught:
+        load_recipe(Path(f"recipes/debug/{recipe}.yaml"), [f"objective.kind={objective}"])
+    assert "line" in str(caught.value) and "model.kind" in str(caught.value)

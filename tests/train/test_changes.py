@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmssl import checkpoint
-from lmssl.errors import CheckpointError
+from lmssl.errors import CheckpointError, DataError
 from lmssl.recipe.load import load_recipe
 from lmssl.train.changes import _first
 from lmssl.train.run import train
@@ -66,6 +66,27 @@ def test_a_finished_wsd_run_extends_from_before_its_decay(
     assert checkpoint.find_step(kept, None).step == 8 and checkpoint.find_step(kept, 6).step == 6
     assert [_plain(row) for row in metrics(kept)] == [_plain(row) for row in decayed]
     assert (kept / "recipe.yaml").exists() and (kept / "tokenizer/tokenizer.json").exists()
+
+
+def test_a_run_extends_from_a_checkpoint_right_before_the_first_step_that_decays(
+    tmp_path: Path, text_folder: Path
+) -> None:
+    """The decay begins a little before step 5, so step 4 is the last at the peak, and its checkpoint will do."""
+    schedule = HALF | {"decay_ratio": 0.5125}
+    whole = run(tmp_path, text_folder, "whole", steps=16, schedule=schedule)
+    change = {"checkpoint": {"every_steps": 4, "keep_last": 2}}
+    short = run(tmp_path, text_folder, "short", steps=8, schedule=schedule, **change)
+    rates = [row["lr"] for row in metrics(short) if row["kind"] == "train"]
+    assert rates[4] < rates[3] == rates[2]
+    assert_equal_ends(whole, run(tmp_path, text_folder, "short", steps=16, schedule=schedule, **change))
+
+
+def test_a_start_that_saved_nothing_does_not_hold_the_next_to_its_recipe(tmp_path: Path, text_folder: Path) -> None:
+    with pytest.raises(DataError, match="the validation split is empty"):
+        run(tmp_path, text_folder, "run", steps=2, **{"data.validation": {"ratio": 1e-9}})
+    assert (tmp_path / "run/recipe.yaml").exists()
+    started = run(tmp_path, text_folder, "run", steps=2, **{"data.validation": {"ratio": 0.2, "tokens": 2000}})
+    assert metrics(started)[-1]["step"] == 2
 
 
 def test_a_constant_run_extends_from_its_end_and_may_get_a_decay(tmp_path: Path, text_folder: Path) -> None:
