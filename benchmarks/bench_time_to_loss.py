@@ -9,7 +9,8 @@ it) trains the same model for shares of the seconds that the defaults took, from
 of the whole process, from the first import to the last checkpoint, tokenizing and compiling included. The same held-out
 documents judge all, by `lmssl eval` on transformers folders: one by one, and joined end to end as run_clm reads text.
 Asked: an eighth of the defaults' seconds for their loss, half of the tuned ones' for theirs. Results are appended to
-benchmarks/results/time_to_loss.jsonl.
+benchmarks/results/time_to_loss.jsonl; with --further, runs of ours are added to the last record's, if machine and
+settings are the same.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from entrants import BASELINE, PEERS, Peer, prepare, recipe_of, theirs, train_rows
-from record import place, run, without_compiling, write
+from record import machine, place, run, shown_command, without_compiling, write
 
 from lmssl.train.precision import bf16_is_faster
 
+OURS = "lmssl"
 HELD_OUT_EVERY = 20
 COMPILE_FROM_SECONDS = 240
 """A run of ours that is shorter is not compiled: that alone takes up to a minute and a half."""
@@ -120,7 +122,7 @@ def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, second
     tokens = train_rows(trained)[-1]["tokens"]
     for done in (trained, out, folder / f"cache-{name}"):
         shutil.rmtree(done)
-    return Trained("lmssl", took, tokens, alone, joined)
+    return Trained(OURS, took, tokens, alone, joined)
 
 
 def reached(found: list[Trained], target: Trained, field: str) -> float | None:
@@ -135,8 +137,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help='JSON lines with "text"; default: the text every Python ships')
     parser.add_argument("--budget-seconds", type=float, default=1800.0)
     parser.add_argument(
-        "--shares", type=float, nargs="+", default=[1 / 16, 1 / 8, 1 / 4, 1 / 2], help="of the seconds of the defaults"
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[1 / 16, 1 / 10, 1 / 8, 1 / 4, 1 / 2],
+        help="of the seconds of the defaults",
     )
+    parser.add_argument("--further", action="store_true", help="add shares of ours to the last record of this machine")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of the tuned Trainer")
     parser.add_argument("--lr", type=float, default=6e-3, help="ours, of matrices")
     parser.add_argument("--adamw-lr", type=float, default=3e-3, help="ours, of the rest")
@@ -159,29 +166,59 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def peers(folder: Path, args: argparse.Namespace) -> list[Trained]:
+    """Trainer at its defaults, then at its best with each learning rate."""
+    bf16 = ("--bf16",) if bf16_is_faster("cpu") else ()  # its best on this processor
+    way = f"Trainer, {'bf16' if bf16 else 'fp32'}, compiled"
+    tuned = Peer("trainer.py", (*bf16, "--compile", "--best"), masked=True)
+    found = [peer(folder, args, BASELINE, PEERS[BASELINE], 5e-5)]
+    say(found[0])
+    for lr in args.rates:
+        found.append(peer(folder, args, f"{way}, learning rate {lr:g}", tuned, lr))
+        say(found[-1])
+    return found
+
+
+def earlier(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """The last record, which runs of ours are added to.
+
+    Raises:
+        SystemExit: there is none, or it is of another machine or of other settings.
+    """
+    path = place(args, "time_to_loss")
+    lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    wanted = settings | {"machine": machine()}
+    if differing := [name for name, value in wanted.items() if last.get(name) != value]:
+        raise SystemExit(f"--further: the last record has other {', '.join(differing)}; run without it")
+    return last
+
+
 def main() -> None:
     """Train all, judge all, append the record."""
     args = parse()
-    bf16 = ("--bf16",) if bf16_is_faster("cpu") else ()  # its best on this processor
-    way = f"Trainer, {'bf16' if bf16 else 'fp32'}, compiled"
-    tuned_way = Peer("trainer.py", (*bf16, "--compile", "--best"), masked=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         section = prepare(folder, args)
-        num_documents = split(folder, args.text, args.judge_bytes)
-        targets = {"defaults": peer(folder, args, BASELINE, PEERS[BASELINE], 5e-5)}
-        say(targets["defaults"])
-        tried = []
-        for lr in args.rates:
-            tried.append(peer(folder, args, f"{way}, learning rate {lr:g}", tuned_way, lr))
-            say(tried[-1])
-        if (best := min(tried, key=lambda one: one.bits_per_byte)) in (tried[0], tried[-1]) and len(tried) > 1:
-            print(f"{best.name} is at the edge of its grid: widen it", flush=True)
-        targets["tuned"] = min(tried, key=lambda one: one.bits_per_byte)
-        found: list[Trained] = []
+        settings = {
+            "text": "python_docs" if args.text is None else args.text.name,
+            "model": section,
+            "sequence_length": args.length,
+            "rows": args.rows,
+            "num_documents": split(folder, args.text, args.judge_bytes),
+        }
+        known = earlier(args, settings) if args.further else {"budget_seconds": args.budget_seconds}
+        rows = [Trained(**row) for row in known.get("entrants", ())]
+        others = [row for row in rows if row.name != OURS] or peers(folder, args)
+        found = [row for row in rows if row.name == OURS]
         for share in sorted(args.shares):
-            found.append(ours(folder, section, args, share * targets["defaults"].seconds))
+            found.append(ours(folder, section, args, share * others[0].seconds))
             say(found[-1])
+    tried = others[1:]
+    best = min(tried, key=lambda one: one.bits_per_byte)
+    if best in (tried[0], tried[-1]) and len(tried) > 1:
+        print(f"{best.name} is at the edge of its grid: widen it", flush=True)
+    found.sort(key=lambda one: one.seconds)
     criteria = [
         {
             "against": name,
@@ -191,22 +228,14 @@ def main() -> None:
             "seconds": (seconds := reached(found, target, field)),
             "ratio": None if seconds is None else seconds / target.seconds,
         }
-        for name, target in targets.items()
+        for name, target in (("defaults", others[0]), ("tuned", best))
         for field in ("bits_per_byte", "joined_bits_per_byte")
     ]
-    write(
-        place(args, "time_to_loss"),
-        "time_to_loss",
-        "bench_time_to_loss.py",
-        text="python_docs" if args.text is None else args.text.name,
-        model=section,
-        sequence_length=args.length,
-        rows=args.rows,
-        budget_seconds=args.budget_seconds,
-        num_documents=num_documents,
-        entrants=[asdict(one) for one in (targets["defaults"], *tried, *found)],
-        criteria=criteria,
-    )
+    settings |= {"budget_seconds": known["budget_seconds"]}
+    settings |= {"entrants": [asdict(one) for one in (*others, *found)], "criteria": criteria}
+    if args.further:
+        settings["command"] = f"{known['command']}` and `{shown_command('bench_time_to_loss.py', sys.argv[1:])}"
+    write(place(args, "time_to_loss"), "time_to_loss", "bench_time_to_loss.py", **settings)
 
 
 def say(one: Trained) -> None:

@@ -79,9 +79,11 @@ def lacking_kind(model: ModelBase, objective: str) -> str | None:
         return None
     kind = getattr(model, "kind", "")
     fitting = [name for name, family in FAMILIES.items() if issubclass(family, classes)]
-    return (
-        f"the objective {objective} needs {what}, and {kind} is none; use {one_of(fitting)}, or another objective.kind"
-    )
+    own = "span" if isinstance(model, T5Model) else "masked" if isinstance(model, EncoderModel) else "causal"
+    if own == "causal" and objective == "masked":
+        own = "hybrid"  # masked tokens for a decoder
+    use = one_of([*fitting, f"objective.kind: {own}"])
+    return f"the objective {objective} needs {what}, and {kind} is none; use {use}"
 
 
 FAMILIES: dict[str, type[ModelBase]] = {

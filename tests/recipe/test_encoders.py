@@ -74,15 +74,18 @@ def test_t5_matrices_are_always_tied() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "objective", "problem"),
+    ("recipe", "objective", "problem", "remedy"),
     [
-        ("masked-bert", "causal", "the objective causal needs a decoder, and bert is none; use llama, qwen3 or gpt2"),
-        ("masked-bert", "replaced", "replaced needs a generator and a discriminator, and bert is none; use electra"),
-        ("masked-bert", "span", "span needs an encoder with a decoder, and bert is none; use t5, umt5 or mt5"),
-        ("gpt-llama", "masked", "masked needs a bidirectional encoder, and llama is none; use bert"),
+        ("masked-bert", "causal", "causal needs a decoder, and bert is none", "use llama, qwen3, gpt2 or objective"),
+        ("masked-bert", "replaced", "needs a generator and a discriminator, and bert is none", "use electra or obj"),
+        ("masked-bert", "span", "needs an encoder with a decoder, and bert is none", "use t5, umt5, mt5 or obj"),
+        ("gpt-llama", "masked", "needs a bidirectional encoder, and llama is none", "or objective.kind: hybrid"),
     ],
 )
-def test_a_family_for_another_objective_is_refused_with_its_line(recipe: str, objective: str, problem: str) -> None:
+def test_a_family_for_another_objective_is_refused_with_its_line(
+    recipe: str, objective: str, problem: str, remedy: str
+) -> None:
     with pytest.raises(RecipeError, match=problem) as caught:
         load_recipe(Path(f"recipes/debug/{recipe}.yaml"), [f"objective.kind={objective}"])
-    assert "line" in str(caught.value) and "model.kind" in str(caught.value)
+    assert remedy in str(caught.value.remedy)
+    assert "line" in str(caught.value.where) and caught.value.what.startswith("model.kind")

@@ -12,6 +12,7 @@ from lmssl.recipe.sections import Recipe, contradictions, derived_fields
 
 Load = Callable[..., Loaded]
 Refusal = Callable[..., RecipeError]
+SPAN = "model={kind: t5, d_model: 32, d_ff: 48, num_layers: 2, num_heads: 2}"
 GPT2 = ("model.kind=gpt2", "model.n_embd=64", "model.n_layer=1", "model.n_head=4")
 
 
@@ -56,7 +57,11 @@ def validation_set(keys: str) -> str:
             ["objective={kind: prefix}", "data.document_attention=false"],
             *("data.document_attention", "the objective prefix keeps every document to itself"),
         ),
-        (["objective={kind: span}", "data.eos=true"], "data.eos", "span puts sentinels and eos into its examples"),
+        (
+            [SPAN, "objective={kind: span}", "data.eos=true"],
+            "data.eos",
+            "span puts sentinels and eos into its examples",
+        ),
         (
             ["objective={kind: prefix}", "data.fill_in_the_middle={}"],
             *("data.fill_in_the_middle", "the objective is prefix"),
@@ -94,7 +99,7 @@ def test_contradictions_are_refused_where_they_stand(
     ("override", "what", "remedy"),
     [
         ("data.skip=[[1, 2, 3]]", "data.skip.0", "list of 2 whole numbers"),
-        ("data.skip=[5]", "data.skip.0 is 5", "list"),
+        ("data.skip=[5]", "data.skip.0 is 5", "write a list: [5, <a whole number>]"),
         ("data.skip=[[1, x]]", 'data.skip.0.1 is "x"', "whole number"),
         (stages("2048, {a: -1}"), "data.stages.0.weights.a is -1", "at least 0"),
         (stages("2048, {a: x}"), 'data.stages.0.weights.a is "x"', "a number"),
