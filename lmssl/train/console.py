@@ -77,7 +77,7 @@ def _numbers(row: dict[str, Any]) -> str:
     parts += [
         f"{name.removeprefix('loss_')} {row[name]:.4f}"
         for name in row
-        if name.startswith("loss_") and row[name] is not None
+        if name.startswith("loss_") and name != "loss_scale" and row[name] is not None  # the scale of float16 is none
     ]
     parts.append(f"lr {row['lr']:.1e}")
     time = row["time"]

@@ -138,29 +138,27 @@ def test_a_wsd_run_whose_stable_checkpoints_were_pruned_says_what_to_keep(tmp_pa
     assert sorted(path.rglob("*")) == before
 
 
-def test_the_rate_of_masks_must_not_have_begun_to_change(tmp_path: Path, text_folder: Path) -> None:
+def falling_masks(kind: str) -> dict[str, Any]:
+    """A tiny masked model whose rate of masks falls over the second half, and whose last checkpoint alone is kept."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    change = {
+    return {
         "schedule": CONSTANT,
         "tokenizer": {"path": "tokenizer/wordpiece-8k"},
-        "model": {"kind": "bert", **sizes},
+        "model": {"kind": kind, **sizes},
         "objective": {"kind": "masked", "rate": 0.3, "final_rate": 0.1, "decay_ratio": 0.5},
         "checkpoint": {"every_steps": 1, "keep_last": 1},
     }
+
+
+def test_the_rate_of_masks_must_not_have_begun_to_change(tmp_path: Path, text_folder: Path) -> None:
+    change = falling_masks("bert")
     run(tmp_path, text_folder, "run", steps=4, **change)
     with pytest.raises(CheckpointError, match="the rate of masks had begun to change"):
         run(tmp_path, text_folder, "run", steps=8, **change)
 
 
 def test_longer_sequences_ahead_must_not_move_the_rate_of_masks(tmp_path: Path, text_folder: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    change = {
-        "schedule": CONSTANT,
-        "tokenizer": {"path": "tokenizer/wordpiece-8k"},
-        "model": {"kind": "modernbert", **sizes},
-        "objective": {"kind": "masked", "rate": 0.3, "final_rate": 0.1, "decay_ratio": 0.5},
-        "checkpoint": {"every_steps": 1, "keep_last": 1},
-    }
+    change = falling_masks("modernbert")
     run(tmp_path, text_folder, "run", steps=4, **change)
     stages = [{"from_tokens": 3072, "sequence_length": 128}]
     with pytest.raises(CheckpointError, match="data.stages.*\n.*the rate of masks had begun to change"):
