@@ -28,19 +28,21 @@ def test_manifests_and_metrics_know_what_was_saved(
     tmp_path: Path, text_folder: Path, asynchronous: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"checkpoint.every_steps": 2, "evaluate.every_steps": 2, "checkpoint.asynchronous": asynchronous}
-    run = start(tmp_path, text_folder, **changes)
-    found = checkpoint.find_step(run, 4)
+    run = start(tmp_path, text_folder, steps=6, **changes)
+    found = checkpoint.find_step(run, 6)
     manifest = dict(found.manifest)
     evaluated = [row["loss"] for row in metrics(run) if row["kind"] == "evaluate"]
-    assert manifest["tokens"] == 4 * 1024 and manifest["finite"] and manifest["validation_loss"] == evaluated[-1]
+    assert manifest["tokens"] == 6 * 1024 and manifest["finite"] and manifest["validation_loss"] == evaluated[-1]
     assert manifest["backend"] == "single" and manifest["num_ranks"] == 1
     assert manifest["tokenizer"] == load_tokenizer(run / "tokenizer").fingerprint
     assert manifest["recipe"] == hashlib.sha256(found.text("recipe.yaml").encode()).hexdigest()
     assert manifest["versions"]["lmssl"] == __version__ and {"torch", "transformers"} <= set(manifest["versions"])
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("training paused") == 2 and "checkpoint of step 4:" in said
-    times = [row["time"]["saves"] for row in metrics(run) if "saves" in row["time"]]
-    assert times and all(0 <= t["pause_seconds"] <= t["total_seconds"] for saves in times for t in saves)
+    assert said.count("training paused") == 3 and "checkpoint of step 6:" in said
+    lines = [(row["step"], saved) for row in metrics(run) for saved in row["time"].get("saves", [])]
+    # The save of step 4 waits for that of step 2, so line 5 is the last that may be the first to know of it.
+    assert (first := next(line for line, saved in lines if saved["step"] == 2)) in {3, 4, 5}, first
+    assert all(0 <= saved["pause_seconds"] <= saved["total_seconds"] and saved["step"] < line for line, saved in lines)
 
 
 def test_the_best_ones_are_kept_by_the_validation_loss(tmp_path: Path, text_folder: Path) -> None:
