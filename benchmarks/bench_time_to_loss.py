@@ -201,6 +201,7 @@ def main() -> None:
         folder = Path(scratch)
         section = prepare(folder, args)
         settings = {
+            "precision": "bf16" if bf16_is_faster("cpu") else "fp32",
             "text": "python_docs" if args.text is None else args.text.name,
             "model": section,
             "sequence_length": args.length,

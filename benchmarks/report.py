@@ -32,7 +32,7 @@ def startup(record: dict[str, Any]) -> str:
 def head(record: dict[str, Any]) -> str:
     """Seconds and memory of a step by where the head runs."""
     lines = [
-        "## Masked step, where the head runs\n",
+        f"## Masked step, where the head runs, {speed_tables.precision(record)}\n",
         f"BERT {record['size']}, vocabulary 30,528, {record['rows']} sequences of {record['sequence_length']} tokens, "
         f"{record['rate']:.0%} masked; {record['precision']}, compiled; forward and backward, no update. Memory: the "
         "process's peak, compiling included, less what it had before.\n",
@@ -48,7 +48,7 @@ def head(record: dict[str, Any]) -> str:
 def quality(record: dict[str, Any]) -> str:
     """Masked loss by time spent."""
     lines = [
-        "## Masked loss by time\n",
+        f"## Masked loss by time, {speed_tables.precision(record)}\n",
         f"BERT, {record['model']['num_hidden_layers']} layers of {record['model']['hidden_size']}, on python_docs; "
         f"{record['num_documents']} held-out documents, 15 % masked, the same masks for all. Ours counts its whole "
         "process, compilation included; Trainer counts its steps only.\n",
@@ -246,7 +246,8 @@ def _subject(record: dict[str, Any]) -> str:
     name: str = record["benchmark"]
     if name.startswith("data,"):
         return f"{name}, {record['text']['name']}"
-    return f"{name}, {speed_tables.precision(record)}" if name.startswith("train") else name
+    apart = name.partition(",")[0] in speed_tables.APART
+    return f"{name}, {speed_tables.precision(record)}" if apart else name
 
 
 def main() -> None:

@@ -7,10 +7,16 @@ from typing import Any
 
 from cells import spread, where
 
+APART = ("train", "limit", "attention", "time_to_loss", "quality", "head")
+"""Benchmarks of which a record in one precision does not replace one in the other."""
+
 
 def precision(record: dict[str, Any]) -> str:
-    """Of a record of training; before they said it, all were in bf16."""
-    return str(record.get("precision", "bf16"))
+    """In which ours was measured; before records said it, all were in bf16 but those of the time to a loss."""
+    dtype = record.get("dtype", record.get("rounds", [{}])[0].get("dtype"))
+    if dtype is not None:
+        return {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    return str(record.get("precision", "fp32" if record["benchmark"] == "time_to_loss" else "bf16"))
 
 
 def train(record: dict[str, Any]) -> str:
@@ -56,7 +62,8 @@ def limit(record: dict[str, Any]) -> str:
     columns = {name: [row[name] for row in rounds] for name in rounds[0] if name != "dtype"}
     products = [a / b / 1e12 for a, b in zip(columns["flops"], columns["seconds"], strict=True)]
     lines = [
-        f"## The step against its matrix products, {'causal' if rate is None else 'masked'}, CPU\n",
+        f"## The step against its matrix products, {'causal' if rate is None else 'masked'}, CPU, "
+        f"{precision(record)}\n",
         f"{_shape(record)}; {record['rows']} sequences of {record['sequence_length']} tokens a step{masked}. The "
         f"{rounds[0]['num_products']} products of a step in {rounds[0]['dtype']}, forward and backward, run alone at "
         "their shapes on operands that lie ready; share: their seconds / the seconds of a step.\n",
@@ -94,7 +101,7 @@ def memory(record: dict[str, Any]) -> str:
 def time_to_loss(record: dict[str, Any]) -> str:
     """What was reached when, and in which share of the peers' time."""
     lines = [
-        "## Time to a loss, causal, CPU\n",
+        f"## Time to a loss, causal, CPU, {precision(record)}\n",
         f"{_shape(record)}, on {record['text']}; {record['num_documents']} held-out documents, judged one by one and "
         f"joined end to end. Budget of the peers: {record['budget_seconds']:,.0f} s of their steps; ours counts whole "
         "processes.\n",
@@ -152,7 +159,7 @@ def attention(record: dict[str, Any]) -> str:
     """Milliseconds of a layer's attention by length and way."""
     names = list(record["rows"][0]["seconds"])
     lines = [
-        "## Document attention by length, CPU\n",
+        f"## Document attention by length, CPU, {precision(record)}\n",
         f"One layer, {record['heads']} heads of {record['head']}, {record['dtype']}, {record['tokens']:,} tokens, "
         "forward and backward, milliseconds; documents of log-normal lengths. Runs in this type go by the loop from "
         f"{record['loop_from_tokens']:,} tokens a sequence on.\n",
