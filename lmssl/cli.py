@@ -16,6 +16,7 @@ import typer
 from lmssl import __version__
 from lmssl.errors import LmsslError, Preempted, RecipeError
 from lmssl.output import complain, silence
+from lmssl.train.signals import noted_interrupts
 from lmssl.verbs import export, push, train, verify
 
 INTERRUPTED = 130
@@ -313,7 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given or os.environ.get("LMSSL_DEBUG", "") not in ("", "0")
-    return _guarded(lambda: _run([argument for argument in given if argument != "--debug"]), debug)
+    with noted_interrupts() as noted:
+        return _guarded(lambda: _run([argument for argument in given if argument != "--debug"]), debug, noted)
 
 
 def _run(arguments: list[str]) -> int:
@@ -329,7 +331,7 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _guarded(run: Callable[[], int], debug: bool) -> int:
+def _guarded(run: Callable[[], int], debug: bool, noted: list[int]) -> int:
     try:
         return run()
     except LmsslError as error:
@@ -342,10 +344,7 @@ def _guarded(run: Callable[[], int], debug: bool) -> int:
         _complain("error", _usage(error))
         return RecipeError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        if debug:
-            traceback.print_exc()
-        _complain("interrupted", "by the keyboard")
-        return INTERRUPTED
+        return _interrupted(debug)
     except BrokenPipeError:
         silence(sys.stdout)  # the reader has left
         return BROKEN_PIPE
@@ -358,6 +357,17 @@ def _guarded(run: Callable[[], int], debug: bool) -> int:
         _complain("error", str(told))
         silence(sys.stdout)  # or Python would try once more at exit
         return LmsslError.exit_code
+    except Exception:
+        if not noted:
+            raise
+        return _interrupted(debug)
+
+
+def _interrupted(debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    _complain("interrupted", "by the keyboard")
+    return INTERRUPTED
 
 
 def _complain(label: str, text: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -164,6 +165,24 @@ def test_interruptions_end_in_one_line(capsys: pytest.CaptureFixture[str], monke
     _replace_show(monkeypatch, KeyboardInterrupt())
     assert run(capsys, "show", DEBUG) == (130, "", "interrupted: by the keyboard\n")
     assert "Traceback" in run(capsys, "show", DEBUG, "--debug")[2]
+
+
+def test_an_interruption_that_a_library_made_another_error_of_ends_in_the_same_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RecursionError from None
+
+    monkeypatch.setattr("lmssl.recipe.load.load_recipe", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(capsys, "show", DEBUG) == (130, "", "interrupted: by the keyboard\n")
+    assert signal.getsignal(signal.SIGINT) is before
+    _replace_show(monkeypatch, RecursionError())
+    with pytest.raises(RecursionError):  # one of our own
+        run(capsys, "show", DEBUG)
 
 
 def test_a_preempted_run_has_stopped_and_not_failed(
