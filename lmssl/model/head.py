@@ -170,11 +170,25 @@ class _LossAndCorrect(torch.autograd.Function):
 def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alone: bool) -> Tensor:
     """`total_VD += right_NV.T @ left_ND`, summed in float32 and in place, or the product if it is the only one."""
     if alone and not _on_gpu(left_ND):
-        return _product(left_ND.t().contiguous(), right_NV).float().t()
+        return _product(_turned(left_ND), right_NV).float().t()
     if total_VD is None:
         total_VD = left_ND.new_zeros(right_NV.shape[1], left_ND.shape[1], dtype=torch.float32)
     _plus_product(total_VD, left_ND, right_NV)
     return total_VD
+
+
+@torch.library.custom_op("lmssl::turned", mutates_args=())
+def _turned(left_ND: Tensor) -> Tensor:
+    """Its transpose, laid out by rows.
+
+    An operator that the compiler does not look into: it would keep the old layout, and the product take twice as long.
+    """
+    return left_ND.t().contiguous()
+
+
+@_turned.register_fake
+def _(left_ND: Tensor) -> Tensor:
+    return left_ND.new_empty(left_ND.shape[1], left_ND.shape[0])
 
 
 _TILE_ELEMENTS = 2**20
@@ -293,9 +307,11 @@ def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Te
     safe_N1 = torch.where(kept_N, targets_N, 0)[:, None]
     picked_N1 = log_probs_NV.gather(1, safe_N1)
     loss = -torch.where(kept_N, picked_N1[:, 0], 0.0).sum()
-    if torch.compiler.is_compiling():  # one fused loop, and a scatter of one entry a row
+    if torch.compiler.is_compiling():  # one fused loop, and one entry a row
         grad_NV = torch.exp(log_probs_NV).to(dtype)
-        return loss, grad_NV.scatter(1, safe_N1, (torch.exp(picked_N1) - 1).to(dtype))
+        rows_N = torch.arange(len(grad_NV), device=grad_NV.device)
+        # By `scatter`, torch would copy all of a 16-bit matrix on CPU, there and back.
+        return loss, grad_NV.index_put((rows_N, safe_N1[:, 0]), (torch.exp(picked_N1) - 1).to(dtype)[:, 0])
     grad_NV = log_probs_NV.exp_()  # in place: this matrix is most of the head's memory traffic
     grad_NV.scatter_(1, safe_N1, torch.exp(picked_N1) - 1)
     return loss, grad_NV.to(dtype)
