@@ -30,11 +30,12 @@ from lmssl.data.remote import RemoteFiles
 from lmssl.data.stream import evaluation_text, list_sets, open_sets
 from lmssl.data.validation import set_chunks
 from lmssl.errors import DataError
+from lmssl.objective.needs import check_tokenizer
 from lmssl.recipe.data import DataSection
 from lmssl.recipe.objective import seps_per_segment
 from lmssl.recipe.sections import Recipe
 from lmssl.shipped import find
-from lmssl.tokenizer.load import load_tokenizer
+from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
 _LINE_SECONDS = 10.0
 _MAX_THREADS = 4
@@ -86,7 +87,9 @@ def prepare(
         report: receives one line per event worth knowing.
         console: where progress is shown; None: nowhere.
     Raises:
-        DataError: a corpus cannot be read, has too many bad records, or the cache cannot be written.
+        DataError: a corpus cannot be read, has too many bad records, or the cache cannot be written; or the tokenizer
+            lacks a token that the data asks for.
+        TokenizerError: it lacks one that the objective needs.
     """
     section = recipe.data
     remote = RemoteFiles(Path(section.cache).expanduser() / "remote", section.remote_cache_bytes)
@@ -98,26 +101,27 @@ def prepare(
     first = len(units) * rank // world_size
     own = units[first:] + units[:first]
     settings = _Settings(find(recipe.tokenizer.path), section)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    check_tokenizer(recipe.objective, tokenizer)  # or training would refuse it after all this work
+    layout = Layout.of(section, tokenizer, recipe.data_seed, seps_per_segment=seps_per_segment(recipe.objective))
     num_bytes = sum(unit.num_bytes for unit in units)
     progress = _Progress(num_bytes, clock, console)
     if workers == 1 or num_bytes < _MIN_POOL_BYTES or len(units) < 2 * workers:
         threads = 1 if workers == 1 else min(workers, _MAX_THREADS) + 1
-        cache = settings.open(report, all_cores=True)
+        cache = settings.open(report, tokenizer, all_cores=True)
         found = _follow(build_units(cache, own, threads=threads), units, section.max_bad_records, progress)
     else:
         with _Pool(settings, workers - 1) as pool:
-            cache = settings.open(report, all_cores=False)
+            cache = settings.open(report, tokenizer, all_cores=False)
             found = _follow(pool.run(own, cache), units, section.max_bad_records, progress)
-    return found + _build_sets(recipe, sets, cache)
+    return found + _build_sets(section, sets, layout, cache)
 
 
-def _build_sets(recipe: Recipe, listed: Sequence[Sequence[Unit]], cache: ChunkCache) -> Prepared:
+def _build_sets(section: DataSection, listed: Sequence[Sequence[Unit]], layout: Layout, cache: ChunkCache) -> Prepared:
     """Build the chunks that training will read of `validation.sets`, up to its budget of tokens."""
-    section, total = recipe.data, Prepared()
+    total = Prepared()
     if section.validation is None or not listed:
         return total
-    tokenizer, seps = load_tokenizer(find(recipe.tokenizer.path)), seps_per_segment(recipe.objective)
-    layout = Layout.of(section, tokenizer, recipe.data_seed, seps_per_segment=seps)
     sets, before = open_sets(listed, section, layout, cache), cache.num_built
     for chunk in set_chunks(sets, layout, budget_tokens=section.validation.tokens):
         num_built, before = cache.num_built - before, cache.num_built
@@ -194,10 +198,10 @@ class _Settings:
     tokenizer: Path
     section: DataSection
 
-    def open(self, report: Callable[[str], None], *, all_cores: bool) -> ChunkCache:
+    def open(self, report: Callable[[str], None], tokenizer: Tokenizer, *, all_cores: bool) -> ChunkCache:
         return ChunkCache(
             Path(self.section.cache).expanduser(),
-            load_tokenizer(self.tokenizer),
+            tokenizer,
             max_bad_records=self.section.max_bad_records,
             report=report,
             cancelled=never,
@@ -246,7 +250,7 @@ def _open_worker(settings: _Settings) -> None:
     threading.Thread(target=_end_with_main, name="main process", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it and lets the chunk in work be finished
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # a pool that is broken ends its processes with it
-    _cache = settings.open(_say_in_worker, all_cores=False)
+    _cache = settings.open(_say_in_worker, load_tokenizer(settings.tokenizer), all_cores=False)
 
 
 def _say_in_worker(line: str) -> None:

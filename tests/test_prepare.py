@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -132,6 +133,31 @@ def test_a_misnamed_validation_set_stops_before_the_work(path: Path, tmp_path: P
     with pytest.raises(DataError, match="body"):
         run(loaded)
     assert chunks(loaded) == {}
+
+
+BERT = {"kind": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"kind": "t5", "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+INFILLING = {"rate": 0.5, "prefix": "<|fim_prefix|>", "middle": "<|fim_middle|>", "suffix": "<|no such|>"}
+
+
+@pytest.mark.parametrize(
+    ("code", "names", "changes"),
+    [
+        (4, "no mask token", {"objective": {"kind": "masked"}, "model": BERT, "data.cls": False, "data.sep": False}),
+        (3, "no cls token", {"data.cls": True, "data.eos": False}),
+        (4, "<extra_id_0>", {"objective": {"kind": "span"}, "model": T5}),
+        (3, "'<|no such|>'", {"data.fill_in_the_middle": INFILLING}),
+    ],
+)
+def test_a_tokenizer_that_training_would_refuse_stops_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, names: str, changes: dict[str, Any]
+) -> None:
+    (tmp_path / "a.txt").write_text("some words and nothing else\n", encoding="utf-8")
+    recipe = small_recipe(tmp_path, tmp_path / "run", tmp_path / "cache", **changes)
+    file = write_recipe(tmp_path / "recipe.yaml", recipe)
+    assert main(["prepare", str(file)]) == code
+    assert names in capsys.readouterr().err
+    assert chunks(load_recipe(file).recipe) == {}
 
 
 def test_ranks_share_the_work(path: Path) -> None:

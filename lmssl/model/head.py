@@ -172,7 +172,7 @@ def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alo
     if alone and not _on_gpu(left_ND):
         return _product(_turned(left_ND), right_NV).float().t()
     if total_VD is None:
-        total_VD = left_ND.new_zeros(right_NV.shape[1], left_ND.shape[1], dtype=torch.float32)
+        total_VD = _empty_sum(left_ND, right_NV)
     _plus_product(total_VD, left_ND, right_NV)
     return total_VD
 
@@ -194,6 +194,14 @@ def _(left_ND: Tensor) -> Tensor:
 _TILE_ELEMENTS = 2**20
 """Of a part of logits, or of the weight's gradient, that is worked on at once on CPU, where caches are small."""
 _GPU_TILE_ELEMENTS = 2**25
+
+
+def _empty_sum(left_ND: Tensor, right_NV: Tensor) -> Tensor:
+    """Zeros [V, D], laid out as products on CPU are, [D, V], where the compiler turns them in a later pass anyway."""
+    (_, width), (_, vocabulary) = left_ND.shape, right_NV.shape
+    if torch.compiler.is_compiling() and not left_ND.is_cuda:
+        return left_ND.new_zeros(width, vocabulary, dtype=torch.float32).t()
+    return left_ND.new_zeros(vocabulary, width, dtype=torch.float32)
 
 
 @torch.library.custom_op("lmssl::plus_product", mutates_args={"total_VD"})
@@ -317,14 +325,16 @@ def _chunk(logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype) -> tuple[Te
     return loss, grad_NV.to(dtype)
 
 
-LOGITS_BYTES = {"cuda": 2**29}
-"""Of one chunk, by kind of device: what keeps a GPU busy. Fused, its 16 bits of logits and gradients take as much."""
+LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}
+"""Of one chunk, by kind of device, its gradient left out; on a GPU as if float32, which keeps it busy."""
 _GPU_BYTES_PER_TARGET = 2**15
 """Of one chunk, for all targets of the micro-batch: a small one's chunk stays small beside its activations."""
 
 
 def chunk_size(num_targets: int, vocab_size: int, *, device: str = "cpu", logits_bytes: int | None = None) -> int:
-    """Targets per chunk so that float32 logits of one chunk take about `logits_bytes`, all at once twice that.
+    """Targets per chunk so that logits of one chunk take about `logits_bytes`, all at once twice that.
+
+    On CPU they count in the type of the present autocast's products; elsewhere as float32.
 
     Args:
         device: its kind.
@@ -332,14 +342,18 @@ def chunk_size(num_targets: int, vocab_size: int, *, device: str = "cpu", logits
 
     >>> chunk_size(8192, 16384)
     1024
+    >>> with torch.autocast("cpu", torch.bfloat16): chunk_size(8192, 16384)
+    2048
     """
     if logits_bytes is None:
         logits_bytes = LOGITS_BYTES.get(device, 2**26)
-        if device in LOGITS_BYTES:
+        if device == "cuda":
             logits_bytes = min(logits_bytes, max(2**26, _GPU_BYTES_PER_TARGET * num_targets))
-    if 4 * vocab_size * num_targets <= 2 * logits_bytes:
+    narrow = device == "cpu" and torch.is_autocast_enabled(device)
+    row_bytes = vocab_size * (torch.get_autocast_dtype(device).itemsize if narrow else 4)
+    if row_bytes * num_targets <= 2 * logits_bytes:
         return num_targets  # a short second chunk costs more than it saves
-    size = max(256, logits_bytes // (4 * vocab_size))
+    size = max(256, logits_bytes // row_bytes)
     size = 1 << (size.bit_length() - 1)  # a power of two divides the usual target counts: one shape, one kernel
     return min(size, num_targets)
 

@@ -149,13 +149,16 @@ def _backward(
     grad_value: dict[int, Tensor] = {}
     for start, end, seen in blocks:
         rows = (slice(None), slice(None), slice(start, end))
-        scores = (query[rows] @ key[:, :, :seen].transpose(2, 3)).float() * scale
+        # Copied once: torch's products copy parts of a matrix for themselves, each time anew and more slowly.
+        q, g = query[rows].contiguous(), grad_out[rows].contiguous()
+        k, v = key[:, :, :seen].contiguous(), value[:, :, :seen].contiguous()
+        scores = (q @ k.transpose(2, 3)).float() * scale
         probs = torch.exp(scores + bias[:, :, start:end, :seen] - lse[rows])
-        grad_probs = (grad_out[rows] @ value[:, :, :seen].transpose(2, 3)).float()
+        grad_probs = (g @ v.transpose(2, 3)).float()
         grad_scores = (probs * (grad_probs - delta[rows]) * scale).to(query.dtype)
-        grad_query.append(grad_scores @ key[:, :, :seen])
-        of_key = (grad_scores.transpose(2, 3) @ query[rows]).float()
-        of_value = (probs.to(value.dtype).transpose(2, 3) @ grad_out[rows]).float()
+        grad_query.append(grad_scores @ k)
+        of_key = (grad_scores.transpose(2, 3) @ q).float()
+        of_value = (probs.to(value.dtype).transpose(2, 3) @ g).float()
         for first, last in key_blocks:
             if last <= seen:
                 grad_key[first] = grad_key.get(first, 0) + of_key[:, :, first:last]

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from lmssl.data.filters import mix
 from lmssl.errors import TokenizerError
+from lmssl.objective.needs import mask_id
 from lmssl.objective.random_spans import SpanLengths, draw_spans
 from lmssl.recipe.objective import Masks
 from lmssl.tokenizer.load import ROLES, Tokenizer
@@ -97,13 +98,7 @@ class Masking:
         Raises:
             TokenizerError: there is no mask token or nothing to hide, or words are asked of a tokenizer without them.
         """
-        if tokenizer.mask_id is None:
-            raise TokenizerError(
-                "the objective hides tokens, and the tokenizer has no mask token",
-                where=str(tokenizer.path),
-                remedy="use a tokenizer whose config names a mask_token, or train one with objective: masked",
-            )
-        ordinary_V = ordinary_tokens(tokenizer)
+        hidden, ordinary_V = mask_id(tokenizer), ordinary_tokens(tokenizer)
         if not ordinary_V.any():
             raise TokenizerError(
                 "all tokens of the tokenizer are special: none can be hidden",
@@ -123,7 +118,7 @@ class Masking:
             mean_span_tokens=section.mean_span_tokens,
             max_span_tokens=section.max_span_tokens,
             max_word_tokens=section.max_word_tokens,
-            mask_id=tokenizer.mask_id,
+            mask_id=hidden,
             ordinary_V=ordinary_V,
             words=WordStarts.of(tokenizer) if section.strategy == "whole_word" else None,
         )

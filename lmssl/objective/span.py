@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
-from lmssl.errors import TokenizerError
 from lmssl.model.head import IGNORE, chunk_size, loss_and_correct, output_weight
 from lmssl.objective.base import MicroBatch, SumObjective
 from lmssl.objective.draws import uniforms
 from lmssl.objective.masked import masked_bytes
+from lmssl.objective.needs import span_ids
 from lmssl.recipe.objective import SpanObjective as SpanSection
 from lmssl.tokenizer.load import Tokenizer
 
@@ -75,19 +75,8 @@ class Corruption:
         Raises:
             TokenizerError: the tokenizer lacks sentinels, or an eos or pad token.
         """
-        vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-        sentinels: list[int] = []
-        while (token := vocabulary.get(f"<extra_id_{len(sentinels)}>")) is not None:
-            sentinels.append(token)
-        missing = [name for name, token in (("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)) if token is None]
-        if not sentinels or tokenizer.eos_id is None or tokenizer.pad_id is None:
-            what = "sentinels <extra_id_0>, <extra_id_1>, ..." if not sentinels else f"{missing[0]} token"
-            raise TokenizerError(
-                f"span corruption needs {what}, and the tokenizer has none",
-                where=str(tokenizer.path),
-                remedy="use a tokenizer with them, such as tokenizer/t5-8k, or build one with objective: span",
-            )
-        return cls(seed, section.rate, section.mean_span_tokens, tuple(sentinels), tokenizer.eos_id, tokenizer.pad_id)
+        ids = span_ids(tokenizer)
+        return cls(seed, section.rate, section.mean_span_tokens, ids.sentinels, ids.eos, ids.pad)
 
     def spans(self, num_tokens: int) -> Spans:
         """What is hidden of an example of at least two tokens.
