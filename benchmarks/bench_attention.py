@@ -72,6 +72,12 @@ def measure(length: int, mean: float, causal: bool, args: argparse.Namespace) ->
     return found
 
 
+def from_tokens(dtype: str) -> int:
+    """From which length on runs in this type loop over documents."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        return loop_from_tokens()
+
+
 def main() -> None:
     """Measure every length and append the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,7 +107,7 @@ def main() -> None:
         place(args, "attention"),
         "attention",
         "bench_attention.py",
-        loop_from_tokens=loop_from_tokens(),
+        loop_from_tokens=from_tokens(args.dtype),
         dtype=args.dtype,
         tokens=args.tokens,
         heads=args.heads,
