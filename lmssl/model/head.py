@@ -1,4 +1,4 @@
-"""The loss at targets, without the `tokens x vocabulary` matrix.
+"""The loss at targets, chunk by chunk of the `tokens x vocabulary` matrix.
 
 Logits of a chunk of targets live only while that chunk's loss and gradients are taken. The gradient is computed in
 the forward pass and scaled in the backward pass, so the head costs three matrix products, as an ordinary head does,

@@ -53,7 +53,7 @@ class CausalObjective(SumObjective):
         )
 
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Summed next-token cross-entropy; hidden states never meet the whole vocabulary at once."""
+        """Summed next-token cross-entropy; hidden states meet the vocabulary chunk by chunk."""
         from lmssl.model.attention import document_kwargs  # here, for loader workers must not pay for the compiler
 
         targets_N = inputs["targets_BT"].reshape(-1)
