@@ -50,6 +50,8 @@ LARGE_WINDOW = 1000
 """Sequences from which on padding is to be small."""
 _READ_BATCH = 32
 """Sequences that are asked for together."""
+_PAUSE_SECONDS = 6
+"""After a folder was removed: for five seconds ext4 looks past inodes that were freed, at the expense of who makes files."""
 
 
 def write_text(source: Path, folder: Path, processes: int) -> int:
@@ -206,6 +208,7 @@ def run(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             command = [str(peers_python()), str(script), str(Path(args.tokenizer).resolve()), str(text), out, *common]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": out, "PYTHONPATH": str(HERE.parent)}
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    time.sleep(_PAUSE_SECONDS)
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
     row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lmssl.data import fork_server
 from lmssl.data.cache import LOCKS_ARE_MISSING, ChunkCache, Claim
-from lmssl.data.cancel import never
+from lmssl.data.cancel import Busy, never
 from lmssl.data.chunk import Chunk
 from lmssl.data.corpus import Unit, check_first_record, list_units
 from lmssl.data.layout import Layout
@@ -79,7 +79,7 @@ def prepare(
     """Build every chunk of every corpus, and what evaluation reads of `validation.sets`; returns the sums over all.
 
     Each rank begins at its own share and then goes through the others', so that slow ranks are helped. What another
-    process has in work is waited for, and what it has built is counted.
+    process has in work is passed over and waited for behind the rest of its unit, and what it has built is counted.
 
     Args:
         workers: cores of this rank to use; 1 builds in this thread.
@@ -153,14 +153,24 @@ def build_units(cache: ChunkCache, units: Iterable[Unit], *, threads: int) -> It
 
 
 def _missing(cache: ChunkCache, units: Iterable[Unit]) -> Iterator[tuple[Unit, Chunk | Claim]]:
-    """The chunks of some units: as they are on disk, or the text of each one more to build."""
+    """The chunks of some units: as they are on disk, or the text of each one more to build.
+
+    Those that another process has in work come after the rest of their unit; so the ranks share even a single file.
+    """
     for unit in units:
-        index, is_last = 0, False
+        index, is_last, passed = 0, False, list[int]()
         while not is_last:
-            found = cache.peek(unit, index) or cache.claim(unit, index)
-            is_last = found.meta.is_last if isinstance(found, Chunk) else found.is_last
-            yield unit, found
+            try:
+                found = cache.peek(unit, index) or cache.claim(unit, index, wait=False)
+            except Busy:
+                is_last = cache.read_past(unit, index)
+                passed.append(index)
+            else:
+                is_last = found.meta.is_last if isinstance(found, Chunk) else found.is_last
+                yield unit, found
             index += 1
+        for index in passed:
+            yield unit, cache.peek(unit, index) or cache.claim(unit, index)
 
 
 def _counts(found: Chunk | Claim) -> Prepared:
@@ -229,9 +239,18 @@ class _Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def run(self, units: Sequence[Unit], cache: ChunkCache) -> Iterator[tuple[Unit, Prepared]]:
-        """Results as they come; a few units wait in front of the processes, and this one builds as well."""
+        """Results as they come; a few units wait in front of the processes, and this one builds as well.
+
+        The first process is started by a thread, as its server imports for most of a second before it answers.
+        """
         waiting = deque(units)
-        running: dict[Future[Prepared], Unit] = {}
+        first = waiting.popleft()
+        with ThreadPoolExecutor(1) as executor:
+            starting = executor.submit(self._executor.submit, _in_worker, first)
+            # A unit of many chunks would keep this process while the others have nothing to do.
+            while waiting and waiting[0].chunk_bytes is None and not starting.done():
+                yield from build_units(cache, [waiting.popleft()], threads=1)
+        running = {starting.result(): first}
         while waiting or running:
             while waiting and len(running) < 2 * self._processes:
                 unit = waiting.popleft()

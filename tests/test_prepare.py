@@ -20,10 +20,11 @@ from rich.console import Console
 
 from lmssl import prepare as prepare_module
 from lmssl.cli import main
-from lmssl.data.cache import LOCKS_ARE_MISSING
+from lmssl.data.cache import LOCKS_ARE_MISSING, Claim
+from lmssl.data.corpus import list_units
 from lmssl.data.stream import SequenceStream
 from lmssl.errors import DataError
-from lmssl.prepare import Prepared, prepare
+from lmssl.prepare import Prepared, build_units, prepare
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
 from lmssl.tokenizer.load import load_tokenizer
@@ -176,6 +177,30 @@ def test_ranks_share_the_work(path: Path) -> None:
     assert run(recipe).num_built == 0
 
 
+def test_ranks_share_one_file_that_is_read_in_order(path: Path, tmp_path: Path) -> None:
+    """Each passes over what the other has in work; otherwise it would wait for the first chunk."""
+    text = "".join(json.dumps({"text": f"record {i} of {i % 7} words " * (i % 40)}) + "\n" for i in range(400))
+    (tmp_path / "one.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    recipe["data"]["mixture"] = [{"name": "packed", "kind": "jsonl", "path": str(tmp_path / "one.jsonl.zst")}]
+    loaded = load_recipe(write_recipe(tmp_path / "packed.yaml", recipe)).recipe
+    settings = prepare_module._Settings(prepare_module.find(loaded.tokenizer.path), loaded.data)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    units = list_units(loaded.data.mixture[0], chunk_bytes=loaded.data.chunk_bytes)
+    one, two = (settings.open(print, tokenizer, all_cores=False) for _ in range(2))
+    held = one.claim(units[0], 0)
+    assert isinstance(held, Claim)
+    ahead = build_units(two, units, threads=1)
+    counts = [next(ahead)[1] for _ in range(3)]
+    assert two.num_built == 3 == len(chunks(loaded))
+    held.build()
+    counts += [prepared for _, prepared in ahead]
+    total = sum(counts, Prepared())
+    assert total.num_chunks == len(chunks(loaded)) == total.num_built + 1 > 4
+    assert total.num_documents == 390, "of 400 records ten are empty"
+    assert run(loaded).num_built == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launched_ranks_share_the_work(path: Path, launcher: str) -> None:
@@ -239,8 +264,12 @@ from lmssl import prepare as module
 from lmssl.cli import main
 
 def build_units(cache, units, threads):
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    time.sleep(120)
+    children = multiprocessing.active_children()
+    if len(children) == 3:
+        print(*(child.pid for child in children), flush=True)
+        time.sleep(120)
+    time.sleep(0.2)
+    return iter(())
 
 module._MIN_POOL_BYTES = 0
 module.build_units = build_units  # in this process alone: it waits while its workers build

@@ -113,16 +113,17 @@ class ChunkCache:
         claimed = self.claim(unit, index)
         return claimed.build() if isinstance(claimed, Claim) else claimed
 
-    def claim(self, unit: Unit, index: int) -> Chunk | Claim:
+    def claim(self, unit: Unit, index: int, *, wait: bool = True) -> Chunk | Claim:
         """Read what the index-th chunk of a unit is made of; returned is the chunk if it has been built meanwhile.
 
         Raises:
+            Busy: another process has it in work, and `wait` is false; otherwise that is waited for.
             As `get` does.
         """
         name, held = self._name(unit, index), ExitStack()
         try:
             with self._one_at_a_time:
-                held.enter_context(self._lock(name))
+                held.enter_context(self._lock(name, wait))
                 found = self._open(name)
                 if found is not None and self._is_marked(found, unit):
                     held.close()
@@ -134,6 +135,17 @@ class ChunkCache:
                 raise _unwritable(self._root, error) from error
             raise
         return Claim(found is None, text.is_last, partial(self._build, held, found, name, unit, text))
+
+    def read_past(self, unit: Unit, index: int) -> bool:
+        """Whether the index-th chunk, which another process has in work, is the last one of its unit.
+
+        Raises:
+            As `get` does.
+        """
+        if unit.chunk_bytes is None:
+            return True
+        with self._one_at_a_time:
+            return self._text(unit, index).is_last
 
     def peek(self, unit: Unit, index: int) -> Chunk | None:
         """The index-th chunk of a unit if nothing is missing of it on disk; its content is not verified."""
@@ -290,7 +302,9 @@ class ChunkCache:
     def _opened_encoder(self) -> Encoder:
         with self._opening:
             if self._encoder is None:
-                self._encoder = Encoder(self._tokenizer, report=self._report, all_cores=self._all_cores)
+                self._encoder = Encoder(
+                    self._tokenizer, report=self._report, all_cores=self._all_cores, dtype=self._dtype
+                )
             return self._encoder
 
     def _check_cancelled(self) -> None:
@@ -305,9 +319,10 @@ class ChunkCache:
         except OSError as error:
             raise _unwritable(self._root, error) from error
 
-    def _lock(self, name: str) -> AbstractContextManager[None]:
+    def _lock(self, name: str, wait: bool) -> AbstractContextManager[None]:
         """One builder per chunk where the file system has locks."""
-        return locked(self._root / "locks" / f"{name[:3]}.lock", self._cancelled, self._say_that_locks_are_missing)
+        path = self._root / "locks" / f"{name[:3]}.lock"
+        return locked(path, self._cancelled, self._say_that_locks_are_missing, wait=wait)
 
     def _say_that_locks_are_missing(self, error: OSError) -> None:
         if not self._said_that_locks_are_missing:

@@ -21,6 +21,10 @@ class Cancelled(Exception):
     """Work was interrupted from another thread; nothing was written."""
 
 
+class Busy(Exception):
+    """Another process holds the lock."""
+
+
 def never() -> bool:
     """For work that nobody cancels."""
     return False
@@ -50,13 +54,18 @@ def pause(seconds: float, cancelled: Callable[[], bool]) -> None:
 
 @contextmanager
 def locked(
-    path: Path, cancelled: Callable[[], bool], unsupported: Callable[[OSError], None] | None = None
+    path: Path,
+    cancelled: Callable[[], bool],
+    unsupported: Callable[[OSError], None] | None = None,
+    *,
+    wait: bool = True,
 ) -> Iterator[None]:
     """Hold a file's lock, which the kernel takes from a dead process.
 
     Args:
         unsupported: told where the file system has no locks, and then none is held; None: that is an error.
     Raises:
+        Busy: it is not free, and `wait` is false.
         Cancelled: before the lock was free.
     """
     with path.open("a") as file:
@@ -65,7 +74,9 @@ def locked(
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except BlockingIOError as error:
+                if not wait:
+                    raise Busy from error
                 time.sleep(_LOOK_SECONDS)
             except OSError as error:
                 if error.errno not in _NO_LOCKS or unsupported is None:

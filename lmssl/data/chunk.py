@@ -149,7 +149,7 @@ def write_tokens(
     path: Path,
     documents: Sequence[Document],
     dtype: np.dtype[Any],
-    encode: Callable[[list[bytes]], tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]],
+    encode: Callable[[list[bytes]], tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.int64]]],
     check: Callable[[], None],
 ) -> tuple[npt.NDArray[np.int64], xxhash.xxh3_128]:
     """Write the tokens of some documents; returned is where each ends, shape [documents], and the file's digest.
@@ -162,7 +162,7 @@ def write_tokens(
         for batch in _batches(documents):
             check()
             ids, ends = encode([document.raw for document in batch])
-            narrow = ids.astype(dtype).data
+            narrow = ids.astype(dtype, copy=False).data
             file.write(narrow)
             digest.update(narrow)
             counts.append(np.diff(ends, prepend=0))

@@ -15,10 +15,14 @@ import orjson
 from lmssl.errors import TokenizerError
 from lmssl.tokenizer.engines import Encoded, Engine, ReferenceEngine, open_gigatoken, open_tokie
 from lmssl.tokenizer.load import Tokenizer
-from lmssl.tokenizer.split import can_cut, cut_out, cut_text
+from lmssl.tokenizer.split import PIECE_BYTES, can_cut, cut_out, cut_text
 
 _SAMPLE_BYTES = 1024
 _SAMPLE_SHARE = 4096
+_ENOUGH_BYTES = _SAMPLE_BYTES // 4
+"""What may be left of a sample's budget: a piece more costs the reference a millisecond."""
+_LONG_PIECE_BYTES = 1 << 20
+"""Pieces for an engine that encodes on one thread, to which many short ones only cost more calls."""
 _MAX_PASSED, _PASSED_CALLS = 8, 16
 """Texts of which only a long piece could be checked, and which are passed over, but in one call of so many."""
 _MAX_CHECKED_BYTES = 1 << 20
@@ -32,7 +36,7 @@ class Encoder:
     """Encodes documents without special tokens; control-token text inside a document stays plain text.
 
     Several threads may share one. `all_cores=False`: a call of gigatoken runs on its thread alone, which takes a fifth
-    less work, and keeps other threads waiting.
+    less work, and keeps other threads waiting. `dtype`: of the ids; it must hold all of the tokenizer's.
 
     `engine="auto"` uses gigatoken (byte-level BPE) or tokie (WordPiece) where it is installed and agrees with
     `tokenizers` on adversarial text, now and on a sample of every call; the first difference is reported and ends
@@ -46,6 +50,7 @@ class Encoder:
         report: Callable[[str], None] | None = None,
         *,
         all_cores: bool = True,
+        dtype: npt.DTypeLike = np.uint32,
     ) -> None:
         if engine not in ("auto", "reference"):
             raise TokenizerError(f"there is no engine {engine!r}", remedy="use auto or reference")
@@ -57,13 +62,16 @@ class Encoder:
                     f"merges of this tokenizer build {token['content']!r}, so text gives that control token's id"
                 )
         self._can_cut = can_cut(content)
+        self._piece_bytes = PIECE_BYTES if all_cores else _LONG_PIECE_BYTES
         text = orjson.dumps(content).decode()
-        self._reference = ReferenceEngine(text)
+        dtype = np.dtype(dtype)
+        self._reference = ReferenceEngine(text, dtype)
         self._fast: Engine | None = None
         self._calls = 0
         self._name = _fast_engine(content)
         if engine == "auto" and self._name and importlib.util.find_spec(self._name):
-            self._adopt(text, [adversarial.encode() for adversarial in adversarial_texts(tokenizer)], all_cores)
+            raws = [adversarial.encode() for adversarial in adversarial_texts(tokenizer)]
+            self._adopt(text, raws, all_cores, dtype)
 
     @property
     def engine(self) -> str:
@@ -81,7 +89,7 @@ class Encoder:
     def encode_utf8(self, raws: Sequence[bytes]) -> Encoded:
         """Encode whole documents, given as UTF-8 that is known to be valid."""
         if self._fast is None:
-            pieces = [cut_text(raw) if self._can_cut else [raw] for raw in raws]
+            pieces = [cut_text(raw, PIECE_BYTES) if self._can_cut else [raw] for raw in raws]
             encoded = self._reference.encode([piece for cut in pieces for piece in cut])
             return Encoded(encoded.ids, encoded.ends[np.cumsum([len(cut) for cut in pieces], dtype=np.int64) - 1])
         self._calls += 1
@@ -95,7 +103,7 @@ class Encoder:
         for i, raw in enumerate(raws):
             parts = chosen.get(i, [raw])
             for number, part in enumerate(parts):
-                cut = cut_text(part) if self._can_cut else [part]
+                cut = cut_text(part, self._piece_bytes) if self._can_cut else [part]
                 if i in chosen and number == len(parts) // 2 and len(cut[0]) <= _MAX_CHECKED_BYTES:
                     sample.append(len(pieces))
                 pieces += cut
@@ -116,12 +124,12 @@ class Encoder:
             encoded = self._reference.encode(pieces)
         return Encoded(encoded.ids, encoded.ends[last])
 
-    def _adopt(self, content: str, raws: list[bytes], all_cores: bool) -> None:
+    def _adopt(self, content: str, raws: list[bytes], all_cores: bool, dtype: np.dtype[Any]) -> None:
         try:
             fast = (
-                open_gigatoken(content, all_cores)
+                open_gigatoken(content, all_cores, dtype)
                 if self._name == "gigatoken"
-                else open_tokie(content, self._reference)
+                else open_tokie(content, self._reference, dtype)
             )
             wrong = _first_difference(fast.encode(raws), self._reference, raws, range(len(raws)))
         except Exception as error:  # see above
@@ -228,7 +236,7 @@ def _sample(raws: Sequence[bytes], salt: int, can_cut: bool) -> dict[int, list[b
     chosen: dict[int, list[bytes]] = {}
     passed: dict[int, list[bytes]] = {}
     for k in range(len(raws)):
-        if budget <= 0:
+        if budget <= _ENOUGH_BYTES:
             break
         i = int((_spread(salt) + k * 0.6180339887498949) % 1.0 * len(raws))
         if i in chosen or i in passed:

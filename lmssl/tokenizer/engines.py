@@ -28,8 +28,8 @@ _LOOK_BYTES = 2 << 20
 class Encoded(NamedTuple):
     """Ids of some documents, one after the other."""
 
-    ids: npt.NDArray[np.uint32]
-    """Shape [tokens]."""
+    ids: npt.NDArray[np.unsignedinteger[Any]]
+    """Shape [tokens], in the type that the engine was opened with."""
     ends: npt.NDArray[np.int64]
     """Shape [documents]: where in `ids` each document ends."""
 
@@ -44,22 +44,23 @@ class Engine(Protocol):
 class ReferenceEngine:
     """`tokenizers`, the reference."""
 
-    def __init__(self, content: str) -> None:
+    def __init__(self, content: str, dtype: np.dtype[Any]) -> None:
         self._backend = tokenizers.Tokenizer.from_str(content)
         self._backend.encode_special_tokens = True
+        self._dtype = dtype
 
     def encode(self, raws: Sequence[bytes]) -> Encoded:
         """Ids of texts in UTF-8."""
-        arrays: list[npt.NDArray[np.uint32]] = []
+        arrays: list[npt.NDArray[np.unsignedinteger[Any]]] = []
         for batch in _batches(raws):
             texts = [raw.decode() for raw in batch]
             if sum(map(len, texts)) <= _SMALL_BATCH:  # its pool of threads would wait until a core is free
                 encodings = [self._backend.encode(text, add_special_tokens=False) for text in texts]
             else:
                 encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            arrays.extend(np.array(encoding.ids, dtype=np.uint32) for encoding in encodings)
+            arrays.extend(np.array(encoding.ids, dtype=self._dtype) for encoding in encodings)
         ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
-        return Encoded(np.concatenate(arrays) if arrays else np.empty(0, np.uint32), ends)
+        return Encoded(np.concatenate(arrays) if arrays else np.empty(0, self._dtype), ends)
 
 
 class _Gigatoken:
@@ -69,8 +70,9 @@ class _Gigatoken:
     is renewed for nothing, once.
     """
 
-    def __init__(self, content: str, all_cores: bool) -> None:
+    def __init__(self, content: str, all_cores: bool, dtype: np.dtype[Any]) -> None:
         self._content = content
+        self._dtype = dtype
         self._all_cores = all_cores
         self._max_growth_bytes = _MAX_GROWTH_BYTES * (2 if all_cores else 1)
         self._lock = threading.Lock()
@@ -81,7 +83,7 @@ class _Gigatoken:
 
     def encode(self, raws: Sequence[bytes]) -> Encoded:
         if not raws:
-            return Encoded(np.empty(0, np.uint32), np.empty(0, np.int64))
+            return Encoded(np.empty(0, self._dtype), np.empty(0, np.int64))
         with self._lock:
             self._num_bytes += sum(map(len, raws))
             if self._num_bytes > _LOOK_BYTES:
@@ -93,11 +95,12 @@ class _Gigatoken:
             backend = self._backend
         if not self._all_cores:
             arrays = [backend.encode(raw) for raw in raws]
-            return Encoded(np.concatenate(arrays), np.cumsum([len(array) for array in arrays], dtype=np.int64))
+            ids = np.concatenate(arrays, dtype=self._dtype, casting="same_kind")  # one pass, where `astype` is another
+            return Encoded(ids, np.cumsum([len(array) for array in arrays], dtype=np.int64))
         layout = backend.encode_batch(list(raws)).layout  # calls of several threads run at the same time
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        ids = np.asarray(layout.content.data, dtype=np.uint32)[offsets[0] : offsets[-1]]
-        return Encoded(ids, offsets[1:] - offsets[0])
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return Encoded(ids.astype(self._dtype, copy=False), offsets[1:] - offsets[0])
 
     def _renew(self) -> None:
         import gigatoken
@@ -116,8 +119,10 @@ def _return_freed_memory() -> None:
 class _Tokie:
     """tokie, for texts of characters on which it is known to agree; the others go to the reference."""
 
-    def __init__(self, content: str, reference: Engine) -> None:
+    def __init__(self, content: str, reference: Engine, dtype: np.dtype[Any]) -> None:
         import tokie
+
+        self._dtype = dtype
 
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
             file.write(content)
@@ -131,6 +136,7 @@ class _Tokie:
         for i in odd:
             plain[i] = ""
         ids, lengths = self._backend.encode_batch_flat(plain, add_special_tokens=False)
+        ids = ids.astype(self._dtype, copy=False)
         ends = np.cumsum(lengths.astype(np.int64))
         if not odd:
             return Encoded(ids, ends)
@@ -151,14 +157,14 @@ TOKIE_ODD = re.compile(
 """Characters that tokie 0.1.4 normalises in another way, or may: unassigned ones, marks and signs of rare scripts."""
 
 
-def open_tokie(content: str, reference: Engine) -> Engine:
+def open_tokie(content: str, reference: Engine, dtype: np.dtype[Any]) -> Engine:
     """The fast engine for WordPiece; raises whatever tokie raises where it cannot."""
-    return _Tokie(content, reference)
+    return _Tokie(content, reference, dtype)
 
 
-def open_gigatoken(content: str, all_cores: bool) -> Engine:
+def open_gigatoken(content: str, all_cores: bool, dtype: np.dtype[Any]) -> Engine:
     """The fast engine for a `tokenizer.json`; raises whatever gigatoken raises where it cannot."""
-    return _Gigatoken(content, all_cores)
+    return _Gigatoken(content, all_cores, dtype)
 
 
 def _batches(raws: Sequence[bytes]) -> list[list[bytes]]:

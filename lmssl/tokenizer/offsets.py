@@ -12,7 +12,7 @@ import tokenizers
 
 from lmssl.tokenizer.encode import plain_content
 from lmssl.tokenizer.load import Tokenizer
-from lmssl.tokenizer.split import can_cut, cut_text
+from lmssl.tokenizer.split import PIECE_BYTES, can_cut, cut_text
 
 IntArray = npt.NDArray[np.int64]
 
@@ -44,7 +44,7 @@ class TokenOffsets:
         """The tokens of one document, without special tokens."""
         ids, bounds, num_bytes = [], [], 0
         raw = text.encode()
-        for piece in cut_text(raw) if self._can_cut else [raw]:
+        for piece in cut_text(raw, PIECE_BYTES) if self._can_cut else [raw]:
             encoded = self._encode_piece(piece)
             ids.append(encoded.ids)
             bounds.append(num_bytes + encoded.bounds[:-1])

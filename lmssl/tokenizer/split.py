@@ -39,7 +39,7 @@ def can_cut(content: dict[str, Any]) -> bool:
     return _is_local(content.get("normalizer")) and _begins_at_space(content.get("pre_tokenizer"))
 
 
-def cut_text(raw: bytes, size: int = PIECE_BYTES) -> list[bytes]:
+def cut_text(raw: bytes, size: int) -> list[bytes]:
     """Pieces of UTF-8 of at least `size` bytes, the last excepted, each later one beginning at a safe space."""
     pieces, start = [], 0
     while len(raw) - start > size:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -125,6 +125,20 @@ def test_long_documents_are_cut_without_effect(trained: Tokenizer, texts: list[s
     whole = trained.backend.encode(long, add_special_tokens=False).ids
     for engine in ("auto", "reference"):
         assert documents(Encoder(trained, engine).encode(["first", long, "x" * PIECE_BYTES * 2]))[1] == whole
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("all_cores", [True, False])
+def test_ids_come_in_the_type_that_was_asked(
+    trained: Tokenizer, texts: list[str], engine: Literal["auto", "reference"], all_cores: bool
+) -> None:
+    given = [*texts, "", "\n\n".join(texts * 40)]
+    assert sum(map(len, given)) > 2 << 20, "more than a piece for one thread"
+    wide = Encoder(trained, "reference").encode(given)
+    narrow = Encoder(trained, engine, all_cores=all_cores, dtype="<u2").encode(given)
+    assert (wide.ids.dtype, narrow.ids.dtype) == (np.uint32, np.uint16)
+    assert np.array_equal(wide.ids, narrow.ids) and np.array_equal(wide.ends, narrow.ends)
+    assert Encoder(trained, engine, all_cores=all_cores, dtype="<u2").encode([]).ids.dtype == np.uint16
 
 
 def test_batches_of_the_reference_do_not_show(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +268,7 @@ class Wrong:
 @pytest.fixture
 def wrong(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Wrong:
     engine = Wrong(byte_level)
-    monkeypatch.setattr(encode, "open_gigatoken", lambda content, all_cores: engine)
+    monkeypatch.setattr(encode, "open_gigatoken", lambda content, all_cores, dtype: engine)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return engine
 
