@@ -51,7 +51,7 @@ LARGE_WINDOW = 1000
 _READ_BATCH = 32
 """Sequences that are asked for together."""
 _PAUSE_SECONDS = 6
-"""After a folder was removed: for five seconds ext4 looks past inodes that were freed, at the expense of who makes files."""
+"""After a folder was removed: for five seconds ext4 looks past freed inodes, which costs who makes files."""
 
 
 def write_text(source: Path, folder: Path, processes: int) -> int:
