@@ -138,11 +138,12 @@ def document_attention(
         mask = _document_mask(document_segments, causal)
     if window:
         mask = _windowed(mask, causal, length, window, query_BHTD.device)
+    if mask is not None and on_cpu and torch.compiler.is_compiling() and not dropout_p:
+        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
+        out_BHTD = products_attention(*qkv, mask, causal=causal, scale=scale, position_bias=position_bias)
+        return out_BHTD.transpose(1, 2), None
     if position_bias is not None:
         mask, causal = _biased(mask, causal, position_bias), False
-    elif mask is not None and on_cpu and torch.compiler.is_compiling() and not dropout_p:
-        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
-        return products_attention(*qkv, mask, causal=causal, scale=scale).transpose(1, 2), None
     out_BHTD = F.scaled_dot_product_attention(
         query_BHTD, key_BGTD, value_BGTD, mask, dropout_p, is_causal=causal and mask is None, scale=scaling
     )

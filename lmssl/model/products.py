@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIN_BLOCK_QUERIES = 128
@@ -25,7 +26,14 @@ BLOCKS = 4
 
 
 def products_attention(
-    query_BHTD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, mask: Tensor, *, causal: bool, scale: float
+    query_BHTD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    mask: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention, [B, H, T, D].
 
@@ -35,27 +43,29 @@ def products_attention(
         mask: bool, [B, 1, T, S], B perhaps 1; every query sees at least one key.
         causal: no query sees a later key; lets the work on later keys be left out.
         scale: factor of the scores.
+        position_bias: [1, H, T, S], added to the scores, of T5's family; it has a gradient.
     Source: the recomputation of FlashAttention (Dao et al. 2022), with query blocks as the only tiles.
     """
     zero = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
     bias = torch.where(mask, zero, -torch.inf)  # added, because choosing costs 4 times as much per score
     inputs = (x_BHTD.contiguous() for x_BHTD in (query_BHTD, key_BHSD, value_BHSD))
-    out_BHTD: Tensor = _attend(*inputs, bias, causal, scale)[0]
+    position_bias = None if position_bias is None else position_bias.contiguous()
+    out_BHTD: Tensor = _attend(*inputs, bias, position_bias, causal, scale)[0]
     return out_BHTD
 
 
 @torch.library.custom_op("lmssl::products_attention", mutates_args=())
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, position: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention and the log of each query's sum of exponentials."""
-    found: tuple[Tensor, Tensor] = _compiled(_forward, query, key, value, bias, causal, scale)
+    found: tuple[Tensor, Tensor] = _compiled(_forward, query, key, value, bias, position, causal, scale)
     return found
 
 
 @_attend.register_fake
 def _attend_shapes(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, position: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     return torch.empty_like(query), query.new_empty((batch, heads, length, 1), dtype=torch.float32)
@@ -68,14 +78,15 @@ def _gradients(
     key: Tensor,
     value: Tensor,
     bias: Tensor,
+    position: Tensor | None,
     out: Tensor,
     lse: Tensor,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `products_attention` with respect to query, key and value."""
-    arguments = (grad_out, query, key, value, bias, out, lse, causal, scale)
-    found: tuple[Tensor, Tensor, Tensor] = _compiled(_backward, *arguments)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `products_attention` with respect to query, key, value and position bias, empty if there is none."""
+    arguments = (grad_out, query, key, value, bias, position, out, lse, causal, scale)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _compiled(_backward, *arguments)
     return found
 
 
@@ -86,21 +97,26 @@ def _gradients_shapes(
     key: Tensor,
     value: Tensor,
     bias: Tensor,
+    position: Tensor | None,
     out: Tensor,
     lse: Tensor,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_position = query.new_empty(0) if position is None else position.new_empty(position.shape)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), of_position
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, bias, output[0], output[1])
+    query, key, value, bias, position, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, bias, position, output[0], output[1])
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gradients(grad_out.contiguous(), *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None)
+    of_query, of_key, of_value, of_position = _gradients(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.causal, ctx.scale
+    )
+    return of_query, of_key, of_value, None, of_position if of_position.numel() else None, None, None
 
 
 _attend.register_autograd(_autograd, setup_context=_save_for_backward)
@@ -115,13 +131,20 @@ def _blocks(queries: int, keys: int, causal: bool) -> list[tuple[int, int, int]]
     return [(start, end, end) for start, end in ends]
 
 
+def _biased(scores: Tensor, place: tuple[slice, ...], *biases: Tensor | None) -> Tensor:
+    for bias in biases:
+        scores = scores if bias is None else scores + bias[place]
+    return scores
+
+
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, position: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for start, end, seen in _blocks(query.shape[2], key.shape[2], causal):
+        place = (slice(None), slice(None), slice(start, end), slice(seen))
         scores = (query[:, :, start:end] @ key[:, :, :seen].transpose(2, 3)).float() * scale
-        scores = scores + bias[:, :, start:end, :seen]
+        scores = _biased(scores, place, bias, position)
         top = scores.amax(-1, keepdim=True)
         powers = torch.exp(scores - top)
         total = powers.sum(-1, keepdim=True)
@@ -136,26 +159,31 @@ def _backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor,
+    position: Tensor | None,
     out: Tensor,
     lse: Tensor,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     delta = (grad_out.float() * out.float()).sum(-1, keepdim=True)
     blocks = _blocks(query.shape[2], key.shape[2], causal)
     key_blocks = [(first, last) for first, last, _ in blocks] if causal else [(0, key.shape[2])]
     grad_query: list[Tensor] = []
     grad_key: dict[int, Tensor] = {}
     grad_value: dict[int, Tensor] = {}
+    grad_position: list[Tensor] = []
     for start, end, seen in blocks:
         rows = (slice(None), slice(None), slice(start, end))
         # Copied once: torch's products copy parts of a matrix for themselves, each time anew and more slowly.
         q, g = query[rows].contiguous(), grad_out[rows].contiguous()
         k, v = key[:, :, :seen].contiguous(), value[:, :, :seen].contiguous()
         scores = (q @ k.transpose(2, 3)).float() * scale
-        probs = torch.exp(scores + bias[:, :, start:end, :seen] - lse[rows])
+        probs = torch.exp(_biased(scores, (*rows, slice(seen)), bias, position) - lse[rows])
         grad_probs = (g @ v.transpose(2, 3)).float()
-        grad_scores = (probs * (grad_probs - delta[rows]) * scale).to(query.dtype)
+        grad_biased = probs * (grad_probs - delta[rows])
+        if position is not None:  # one for all sequences
+            grad_position.append(F.pad(grad_biased.sum(0, keepdim=True), (0, key.shape[2] - seen)))
+        grad_scores = (grad_biased * scale).to(query.dtype)
         grad_query.append(grad_scores @ k)
         of_key = (grad_scores.transpose(2, 3) @ q).float()
         of_value = (probs.to(value.dtype).transpose(2, 3) @ g).float()
@@ -169,7 +197,8 @@ def _backward(
         torch.cat(list(grad_value.values()), 2).to(value.dtype),
     )
     of_query, of_key, of_value = (x.contiguous() for x in grads)
-    return of_query, of_key, of_value
+    of_position = query.new_empty(0) if position is None else torch.cat(grad_position, 2).to(position.dtype)
+    return of_query, of_key, of_value, of_position
 
 
 @cache
