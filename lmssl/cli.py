@@ -357,16 +357,17 @@ def _guarded(run: Callable[[], int], debug: bool, noted: list[int]) -> int:
         _complain("error", str(told))
         silence(sys.stdout)  # or Python would try once more at exit
         return LmsslError.exit_code
-    except Exception:
+    except Exception as error:
         if not noted:
             raise
-        return _interrupted(debug)
+        shown = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return _interrupted(debug, f"; then {shown} (--debug shows where)")
 
 
-def _interrupted(debug: bool) -> int:
+def _interrupted(debug: bool, then: str = "") -> int:
     if debug:
         traceback.print_exc()
-    _complain("interrupted", "by the keyboard")
+    _complain("interrupted", f"by the keyboard{then}")
     return INTERRUPTED
 
 

@@ -167,18 +167,19 @@ def test_interruptions_end_in_one_line(capsys: pytest.CaptureFixture[str], monke
     assert "Traceback" in run(capsys, "show", DEBUG, "--debug")[2]
 
 
-def test_an_interruption_that_a_library_made_another_error_of_ends_in_the_same_line(
+def test_an_interruption_that_a_library_made_another_error_of_ends_in_one_line_that_names_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
-            raise RecursionError from None
+            raise RecursionError("too\n deep") from None
 
     monkeypatch.setattr("lmssl.recipe.load.load_recipe", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    assert run(capsys, "show", DEBUG) == (130, "", "interrupted: by the keyboard\n")
+    line = "interrupted: by the keyboard; then RecursionError: too deep (--debug shows where)\n"
+    assert run(capsys, "show", DEBUG) == (130, "", line)
     assert signal.getsignal(signal.SIGINT) is before
     _replace_show(monkeypatch, RecursionError())
     with pytest.raises(RecursionError):  # one of our own
