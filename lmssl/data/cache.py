@@ -276,8 +276,8 @@ class ChunkCache:
         )
 
     def _write(self, folder: Path, unit: Unit, text: ChunkText) -> None:
-        encode = self._opened_encoder().encode_utf8
-        ends, digest = write_tokens(folder / "tokens.ds", text.documents, self._dtype, encode, self._check_cancelled)
+        encoder = self._opened_encoder()
+        ends, digest = write_tokens(folder / "tokens.ds", text.documents, self._dtype, encoder, self._check_cancelled)
         rows = document_rows(text.documents)
         write_chunk(folder, unit, text, self._dtype, self._tokenizer.fingerprint, ends, rows, digest)
 

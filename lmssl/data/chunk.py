@@ -20,6 +20,7 @@ import xxhash
 from lmssl.data.corpus import ChunkText, Document, Unit
 from lmssl.data.records import BadRecord
 from lmssl.data.token_files import mapped
+from lmssl.tokenizer.encode import Encoder
 
 DOCUMENT_FIELDS = np.dtype(
     [
@@ -36,7 +37,7 @@ DOCUMENT_FIELDS = np.dtype(
 CHUNK_FORMAT = 2
 """Goes into the names of chunks: a cache of another format is not read."""
 
-_BATCH_BYTES = 16 << 20
+_BATCH_BYTES = 4 << 20
 _WHITE_SPACE = b" \t\n\r\v\f"
 _ARRAYS = ("tokens.ds", "tokens.ds.index", "documents.npy")
 
@@ -149,24 +150,24 @@ def write_tokens(
     path: Path,
     documents: Sequence[Document],
     dtype: np.dtype[Any],
-    encode: Callable[[list[bytes]], tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.int64]]],
+    encoder: Encoder,
     check: Callable[[], None],
 ) -> tuple[npt.NDArray[np.int64], xxhash.xxh3_128]:
     """Write the tokens of some documents; returned is where each ends, shape [documents], and the file's digest.
 
-    `check` is called between batches and may raise.
+    `check` is called between batches and may raise. Of a document longer than a batch one part at a time is in work.
     """
-    counts: list[npt.NDArray[np.int64]] = []
+    counts = np.zeros(len(documents), np.int64)
     digest = xxhash.xxh3_128()
     with path.open("wb") as file:
-        for batch in _batches(documents):
+        for numbers, parts in _batches(documents, encoder):
             check()
-            ids, ends = encode([document.raw for document in batch])
+            ids, ends = encoder.encode_utf8(parts)
             narrow = ids.astype(dtype, copy=False).data
             file.write(narrow)
             digest.update(narrow)
-            counts.append(np.diff(ends, prepend=0))
-    return np.cumsum(np.concatenate(counts)) if counts else np.empty(0, np.int64), digest
+            np.add.at(counts, numbers, np.diff(ends, prepend=0))
+    return np.cumsum(counts), digest
 
 
 def document_rows(documents: Sequence[Document]) -> npt.NDArray[Any]:
@@ -216,14 +217,16 @@ def _bad_lines(unit: Unit, text: ChunkText) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    room = _BATCH_BYTES
-    for document in documents:
-        batch.append(document)
-        room -= len(document.raw)
-        if room <= 0:
-            yield batch
-            batch, room = [], _BATCH_BYTES
+def _batches(documents: Sequence[Document], encoder: Encoder) -> Iterator[tuple[list[int], list[bytes]]]:
+    """Documents, or parts of long ones, each with the document's number."""
+    numbers, batch, room = list[int](), list[bytes](), _BATCH_BYTES
+    for number, document in enumerate(documents):
+        for part in encoder.parts(document.raw, _BATCH_BYTES):
+            numbers.append(number)
+            batch.append(part)
+            room -= len(part)
+            if room <= 0:
+                yield numbers, batch
+                numbers, batch, room = [], [], _BATCH_BYTES
     if batch:
-        yield batch
+        yield numbers, batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -89,11 +89,15 @@ class Encoder:
     def encode_utf8(self, raws: Sequence[bytes]) -> Encoded:
         """Encode whole documents, given as UTF-8 that is known to be valid."""
         if self._fast is None:
-            pieces = [cut_text(raw, PIECE_BYTES) if self._can_cut else [raw] for raw in raws]
+            pieces = [list(self.parts(raw, PIECE_BYTES)) for raw in raws]
             encoded = self._reference.encode([piece for cut in pieces for piece in cut])
             return Encoded(encoded.ids, encoded.ends[np.cumsum([len(cut) for cut in pieces], dtype=np.int64) - 1])
         self._calls += 1
         return self._encode_fast(self._fast, *self._cut(raws, self._calls))
+
+    def parts(self, raw: bytes, size: int) -> Iterator[bytes]:
+        """A document in parts of about `size` bytes, whose ids joined are its own; whole where no cut is safe."""
+        return cut_text(raw, size) if self._can_cut else iter((raw,))
 
     def _cut(self, raws: Sequence[bytes], salt: int) -> tuple[list[bytes], npt.NDArray[np.int64], list[int]]:
         """Pieces, the last piece of each document, and the pieces to check: about 1/4096 of the text."""
@@ -103,7 +107,7 @@ class Encoder:
         for i, raw in enumerate(raws):
             parts = chosen.get(i, [raw])
             for number, part in enumerate(parts):
-                cut = cut_text(part, self._piece_bytes) if self._can_cut else [part]
+                cut = list(self.parts(part, self._piece_bytes))
                 if i in chosen and number == len(parts) // 2 and len(cut[0]) <= _MAX_CHECKED_BYTES:
                     sample.append(len(pieces))
                 pieces += cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -39,17 +40,16 @@ def can_cut(content: dict[str, Any]) -> bool:
     return _is_local(content.get("normalizer")) and _begins_at_space(content.get("pre_tokenizer"))
 
 
-def cut_text(raw: bytes, size: int) -> list[bytes]:
+def cut_text(raw: bytes, size: int) -> Iterator[bytes]:
     """Pieces of UTF-8 of at least `size` bytes, the last excepted, each later one beginning at a safe space."""
-    pieces, start = [], 0
+    start = 0
     while len(raw) - start > size:
         end = _safe_space(raw, start + size)
         if end is None:
             break
-        pieces.append(raw[start:end])
+        yield raw[start:end]
         start = end
-    pieces.append(raw[start:])
-    return pieces
+    yield raw[start:]
 
 
 def cut_out(raw: bytes, place: int, size: int) -> list[bytes]:

@@ -23,6 +23,7 @@ from lmssl.data.chunk import Chunk, bad_records, read_chunk, text_hash
 from lmssl.data.corpus import Unit, list_units, read_chunks
 from lmssl.errors import DataError
 from lmssl.recipe.data import JsonlCorpus, TextCorpus
+from lmssl.tokenizer.encode import Encoder
 from lmssl.tokenizer.load import Tokenizer
 
 
@@ -65,6 +66,18 @@ def test_a_chunk_holds_tokens_and_sources(
     assert rows["record"].tolist() == list(range(50))
     assert (chunk.meta.num_documents, chunk.meta.is_last) == (50, True)
     assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+def test_parts_of_long_documents_do_not_show(
+    open_cache: Any, unit: Unit, texts: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Encoder.encode_utf8
+    calls: list[int] = []
+    monkeypatch.setattr(module, "_BATCH_BYTES", 60)
+    monkeypatch.setattr(Encoder, "encode_utf8", lambda self, raws: calls.append(len(raws)) or encode(self, raws))
+    chunk = open_cache().get(unit, 0)
+    assert max(len(text.encode()) for text in texts(50)) > 180 and len(calls) > 50, "most documents are several parts"
+    assert content(chunk) == [tokenizer.backend.encode(text).ids for text in texts(50)]
 
 
 def test_large_vocabularies_take_four_bytes(open_cache: Any, unit: Unit, tokenizer: Tokenizer, tmp_path: Path) -> None:

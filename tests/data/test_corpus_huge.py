@@ -46,4 +46,4 @@ def test_four_times_the_length_takes_four_times_the_time_and_bounded_memory(root
     )
     _, small, large = ([float(value) for value in line.split()] for line in done.stdout.splitlines())
     assert large[0] < 6 * small[0]
-    assert small[1] + large[1] < 12 * 20 * 10**6, "the peaks, of which the second counts from the first"
+    assert small[1] + large[1] < 7 * 20 * 10**6, "the peaks, of which the second counts from the first"
