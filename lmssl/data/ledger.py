@@ -142,6 +142,8 @@ class Ledger:
     def _end(self, entry: LedgerEntry) -> int:
         """Where the part of the next window that is read ends, among the sequences of its corpus."""
         first = self.num_sequences(entry.corpus)
+        if len(self._stages) < 2:
+            return first + entry.num_sequences
         firsts, _ = self._lengths(entry.corpus)
         following = bisect_right(firsts, first)
         return min([first + entry.num_sequences, *firsts[following : following + 1]])
@@ -172,12 +174,13 @@ class Ledger:
             CheckpointError: the file is missing or is not a ledger.
         """
         try:
-            first, *lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+            first, *lines = orjson.loads(b"[" + b",".join(path.read_bytes().splitlines()) + b"]")
             if first["format"] != _FORMAT:
                 raise ValueError(f"its format is {first['format']}, this version reads {_FORMAT}")
             ledger = cls([Stage.from_json(stage) for stage in first["stages"]], first["settings"], first.get("files"))
             for line in lines:
-                ledger.append(LedgerEntry(**{name: line[name] for name in _NAMES & line.keys()}))
+                known = line if line.keys() <= _NAMES else {name: line[name] for name in _NAMES & line.keys()}
+                ledger.append(LedgerEntry(**known))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the ledger cannot be read: {error}", where=str(path), remedy="continue from an older checkpoint"
