@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lmssl.data.cache import ChunkCache
+from lmssl.data.corpus import Unit, list_units
 from lmssl.data.ledger import Ledger
 from lmssl.data.stream import SequenceStream
 from lmssl.recipe.batches import BatchPlan
@@ -109,3 +111,23 @@ def open_stream(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., SequenceS
         return SequenceStream.open(section, tokenizer, seed, tmp_path / cache, ledger, report, **run)
 
     return build
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def open_cache(tmp_path: Path, tokenizer: Tokenizer, lines: list[str]) -> Callable[..., ChunkCache]:
+    def build(root: Path | None = None, cancelled: Callable[[], bool] = lambda: False) -> ChunkCache:
+        root = root or tmp_path / "cache"
+        return ChunkCache(root, tokenizer, max_bad_records=5, report=lines.append, cancelled=cancelled)
+
+    return build
+
+
+@pytest.fixture
+def unit(jsonl: Any) -> Unit:
+    (unit,) = list_units(jsonl(count=50))
+    return unit

@@ -1,10 +1,8 @@
 import errno
-import gc
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -17,34 +15,14 @@ import pytest
 from lmssl.data import cache as cache_module
 from lmssl.data import cancel as cancel_module
 from lmssl.data import chunk as module
-from lmssl.data.cache import ChunkCache, Claim
-from lmssl.data.cancel import Busy, Cancelled
+from lmssl.data.cache import ChunkCache
+from lmssl.data.cancel import Cancelled
 from lmssl.data.chunk import Chunk, bad_records, read_chunk, text_hash
-from lmssl.data.corpus import Unit, list_units, read_chunks
+from lmssl.data.corpus import Unit, list_units
 from lmssl.errors import DataError
 from lmssl.recipe.data import JsonlCorpus, TextCorpus
 from lmssl.tokenizer.encode import Encoder
 from lmssl.tokenizer.load import Tokenizer
-
-
-@pytest.fixture
-def lines() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def open_cache(tmp_path: Path, tokenizer: Tokenizer, lines: list[str]) -> Callable[..., ChunkCache]:
-    def build(root: Path | None = None, cancelled: Callable[[], bool] = lambda: False) -> ChunkCache:
-        root = root or tmp_path / "cache"
-        return ChunkCache(root, tokenizer, max_bad_records=5, report=lines.append, cancelled=cancelled)
-
-    return build
-
-
-@pytest.fixture
-def unit(jsonl: Any) -> Unit:
-    (unit,) = list_units(jsonl(count=50))
-    return unit
 
 
 def content(chunk: Chunk) -> list[list[int]]:
@@ -345,60 +323,3 @@ def test_a_long_document_without_whitespace(open_cache: Any, tmp_path: Path, tok
         starts = np.cumsum([0, *sizes]).tolist()
         pieces = [raw[a:b].decode() for a, b in pairwise(starts)]
         assert ids == [tokenizer.backend.encode(piece).ids for piece in pieces]
-
-
-def test_a_claim_is_built_once_by_whoever_holds_it(open_cache: Any, unit: Unit) -> None:
-    cache, other = open_cache(), open_cache()
-    claim = cache.claim(unit, 0)
-    assert isinstance(claim, Claim) and (claim.is_new, claim.is_last) == (True, True)
-    found: list[Any] = []
-    waiting = threading.Thread(target=lambda: found.append(other.claim(unit, 0)))
-    waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive()
-    chunk = claim.build()
-    waiting.join(10)
-    assert [type(it) for it in found] == [Chunk] and found[0].meta == chunk.meta
-    assert (cache.num_built, other.num_built) == (1, 0)
-
-
-def test_what_others_have_in_work_is_passed_over(open_cache: Any, unit: Unit) -> None:
-    """A unit of several chunks, read in order: its second is in work elsewhere."""
-    alone = open_cache()
-    in_order = replace(unit, chunk_bytes=unit.num_bytes // 4)
-    cache, other = open_cache(), open_cache()
-    held = other.claim(in_order, 1)
-    assert isinstance(held, Claim)
-    first = cache.claim(in_order, 0, wait=False)
-    assert isinstance(first, Claim)
-    first.build()
-    with pytest.raises(Busy):
-        cache.claim(in_order, 1, wait=False)
-    assert cache.read_past(in_order, 1) is False
-    third = cache.claim(in_order, 2, wait=False)
-    assert isinstance(third, Claim)
-    third.build()
-    held.build()
-    assert cache.peek(in_order, 1) is not None
-    texts = list(read_chunks(in_order, max_bad_records=0))
-    counts = [alone.get(in_order, index).meta.num_documents for index in range(len(texts))]
-    assert counts == [len(text.documents) for text in texts] and len(texts) > 3
-    assert (cache.num_built, other.num_built, alone.num_built) == (2, 1, len(texts) - 3)
-
-
-def test_a_unit_of_one_chunk_is_not_read_to_be_passed_over(open_cache: Any, unit: Unit) -> None:
-    held = open_cache().claim(unit, 0)
-    cache = open_cache()
-    Path(unit.parts[0].path).unlink()
-    with pytest.raises(Busy):
-        cache.claim(unit, 0, wait=False)
-    assert cache.read_past(unit, 0)
-    del held
-
-
-def test_a_claim_that_is_dropped_lets_others_build(open_cache: Any, unit: Unit) -> None:
-    claim = open_cache().claim(unit, 0)
-    assert isinstance(claim, Claim)
-    del claim
-    gc.collect()
-    assert open_cache().get(unit, 0).meta.num_documents == 50
