@@ -123,7 +123,6 @@ class _Tokie:
         import tokie
 
         self._dtype = dtype
-
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
             file.write(content)
             file.flush()
