@@ -174,7 +174,8 @@ def raw(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     encoder = Encoder(load_tokenizer(Path(args.tokenizer)), report=complain)
     texts: list[Any] = [path.read_bytes() for path in sorted((folder / "txt").iterdir())]
-    backend = (encoder._fast or encoder._reference)._backend  # type: ignore[attr-defined]
+    engine: Any = encoder._fast or encoder._reference
+    backend = engine._new() if encoder.engine == "gigatoken" else engine._backend
     if encoder.engine != "gigatoken":  # the others take no bytes
         texts = [text.decode() for text in texts]
     tokens = 0
@@ -220,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer-repeats", type=int, help="rounds in which peers run, too; default: all")
     parser.add_argument("--tokenizer", default="tokenizer/bpe-16k")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -238,6 +240,8 @@ def main() -> None:
         num_bytes = write_text(args.text, folder, args.processes)
         for repeat in range(args.repeats):
             for name in names:
+                if name in PEERS and args.peer_repeats is not None and repeat >= args.peer_repeats:
+                    continue
                 rows[name].append(run(name, folder, args))
                 rate = rows[name][-1]["tokens"] / rows[name][-1]["seconds"]
                 print(f"round {repeat + 1}  {name:32} {rate / 1e6:8.2f} M tokens/s", flush=True)
@@ -257,7 +261,7 @@ def write(args: argparse.Namespace, num_bytes: int, rows: dict[str, list[dict[st
                 "tokens": found[0]["tokens"],
                 "tokens_per_second": [row["tokens"] / row["seconds"] for row in found],
                 "bytes_per_second": [num_bytes / row["seconds"] for row in found],
-                "ratio_to_baseline": [a / b for a, b in zip(base, seconds, strict=True)] if base else None,
+                "ratio_to_baseline": [a / b for a, b in zip(base, seconds, strict=False)] if base else None,
                 "read_tokens_per_second": [row["read_tokens_per_second"] for row in found]
                 if "read_tokens_per_second" in found[0]
                 else None,

@@ -30,7 +30,7 @@ def data(record: dict[str, Any]) -> str:
         tokens = [rate / 1e6 / count for rate in entrant["tokens_per_second"]]
         megabytes = [rate / 1e6 / count for rate in entrant["bytes_per_second"]]
         ratio = spread(entrant["ratio_to_baseline"], ".1f") if entrant["ratio_to_baseline"] else ""
-        pairs = zip(entrant["tokens_per_second"], raw or [], strict=bool(raw))
+        pairs = zip(entrant["tokens_per_second"], raw or [], strict=False)  # peers may have run in some rounds alone
         share = spread([ours / theirs for ours, theirs in pairs], ".2f") if raw else ""
         reads = entrant["read_tokens_per_second"]
         reading = spread([rate / 1e6 for rate in reads], ".1f") if reads else ""

@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu_wheels.sh [FOLDER]      default: benchmarks/gpu/wheels, which git ignores
 #
 # Such a machine is taken to have torch, transformers, accelerate, tokenizers, safetensors, huggingface_hub, numpy,
-# pyarrow, psutil, filelock, fsspec, xxhash, typer, rich and pytest. Versions are those of constraints.txt.
+# pyarrow, psutil, filelock, fsspec, xxhash, typer, rich, pytest and pytest-timeout. Versions are those of constraints.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-benchmarks/gpu/wheels}

@@ -39,7 +39,7 @@ from lmssl.tokenizer.load import Tokenizer, load_tokenizer
 
 _LINE_SECONDS = 10.0
 _MAX_THREADS = 4
-"""Threads of one process that build; the encoder uses all cores anyway, and reading JSON holds the interpreter."""
+"""Threads of one process that build; reading JSON holds the interpreter, and more would wait for it."""
 _MIN_POOL_BYTES = 176 << 20
 """Text that is worth further processes: they do a fifth less work than threads, and begin two seconds late."""
 _PRELOADED = ("lmssl.cli", "lmssl.prepare", "gigatoken")
@@ -107,12 +107,13 @@ def prepare(
     num_bytes = sum(unit.num_bytes for unit in units)
     progress = _Progress(num_bytes, clock, console)
     if workers == 1 or num_bytes < _MIN_POOL_BYTES or len(units) < 2 * workers:
-        threads = 1 if workers == 1 else min(workers, _MAX_THREADS) + 1
-        cache = settings.open(report, tokenizer, all_cores=True)
+        builders = min(workers, _MAX_THREADS)
+        cache = settings.open(report, tokenizer, threads=builders)
+        threads = builders + (workers > 1)
         found = _follow(build_units(cache, own, threads=threads), units, section.max_bad_records, progress)
     else:
         with _Pool(settings, workers - 1) as pool:
-            cache = settings.open(report, tokenizer, all_cores=False)
+            cache = settings.open(report, tokenizer, threads=1)
             found = _follow(pool.run(own, cache), units, section.max_bad_records, progress)
     return found + _build_sets(section, sets, layout, cache)
 
@@ -208,7 +209,7 @@ class _Settings:
     tokenizer: Path
     section: DataSection
 
-    def open(self, report: Callable[[str], None], tokenizer: Tokenizer, *, all_cores: bool) -> ChunkCache:
+    def open(self, report: Callable[[str], None], tokenizer: Tokenizer, *, threads: int) -> ChunkCache:
         return ChunkCache(
             Path(self.section.cache).expanduser(),
             tokenizer,
@@ -216,7 +217,7 @@ class _Settings:
             report=report,
             cancelled=never,
             evaluation=evaluation_text(self.section, report),
-            all_cores=all_cores,
+            threads=threads,
         )
 
 
@@ -269,7 +270,7 @@ def _open_worker(settings: _Settings) -> None:
     threading.Thread(target=_end_with_main, name="main process", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it and lets the chunk in work be finished
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # a pool that is broken ends its processes with it
-    _cache = settings.open(_say_in_worker, load_tokenizer(settings.tokenizer), all_cores=False)
+    _cache = settings.open(_say_in_worker, load_tokenizer(settings.tokenizer), threads=1)
 
 
 def _say_in_worker(line: str) -> None:

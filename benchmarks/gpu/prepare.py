@@ -19,10 +19,14 @@ def main() -> None:
     began = time.monotonic()
     path = text_file(args)
     made = time.monotonic()
+    running = []
     for name, model in (("causal", "124M"), ("masked", "ModernBERT-base")):
         recipe(args, f"prepare-{name}", model, length=128, micro_sequences=2, steps=1)
         command = [sys.executable, "-m", "lmssl", "prepare", str(args.scratch / f"prepare-{name}.yaml")]
-        subprocess.run(command, check=True)
+        running.append(subprocess.Popen(command))
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit("lmssl prepare failed")
     seconds = {"text": made - began, "tokens": time.monotonic() - made}
     write(args, "prepare", text_bytes=path.stat().st_size, seconds=seconds)
 

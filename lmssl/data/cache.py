@@ -68,7 +68,7 @@ class Claim:
 class ChunkCache:
     """Chunks of one tokenizer below one folder; `report` hears of chunks that are built again, and of missing locks.
 
-    `all_cores=False`: other processes keep the other cores busy.
+    `threads`: so many call it to build chunks, and each has a core; 0: one does, with all cores.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ChunkCache:
         report: Callable[[str], None],
         cancelled: Callable[[], bool],
         evaluation: EvaluationText | None = None,
-        all_cores: bool = True,
+        threads: int = 0,
     ) -> None:
         self._root = root
         self._tokenizer = tokenizer
@@ -88,7 +88,7 @@ class ChunkCache:
         self._report = report
         self._cancelled = cancelled
         self._evaluation = evaluation
-        self._all_cores = all_cores
+        self._threads = threads
         self.num_built = 0
         """Chunks that this object wrote."""
         self._encoder: Encoder | None = None
@@ -302,9 +302,7 @@ class ChunkCache:
     def _opened_encoder(self) -> Encoder:
         with self._opening:
             if self._encoder is None:
-                self._encoder = Encoder(
-                    self._tokenizer, report=self._report, all_cores=self._all_cores, dtype=self._dtype
-                )
+                self._encoder = Encoder(self._tokenizer, report=self._report, threads=self._threads, dtype=self._dtype)
             return self._encoder
 
     def _check_cancelled(self) -> None:

@@ -35,8 +35,9 @@ _MARK = "\ufdd0"
 class Encoder:
     """Encodes documents without special tokens; control-token text inside a document stays plain text.
 
-    Several threads may share one. `all_cores=False`: a call of gigatoken runs on its thread alone, which takes a fifth
-    less work, and keeps other threads waiting. `dtype`: of the ids; it must hold all of the tokenizer's.
+    Several threads may share one. `threads`: 0: a call of gigatoken runs on all cores; else so many threads call, and
+    each encodes for itself, with less work in all; one alone keeps other threads waiting, with a fifth less again.
+    `dtype`: of the ids; it must hold all of the tokenizer's.
 
     `engine="auto"` uses gigatoken (byte-level BPE) or tokie (WordPiece) where it is installed and agrees with
     `tokenizers` on adversarial text, now and on a sample of every call; the first difference is reported and ends
@@ -49,7 +50,7 @@ class Encoder:
         engine: Literal["auto", "reference"] = "auto",
         report: Callable[[str], None] | None = None,
         *,
-        all_cores: bool = True,
+        threads: int = 0,
         dtype: npt.DTypeLike = np.uint32,
     ) -> None:
         if engine not in ("auto", "reference"):
@@ -62,7 +63,7 @@ class Encoder:
                     f"merges of this tokenizer build {token['content']!r}, so text gives that control token's id"
                 )
         self._can_cut = can_cut(content)
-        self._piece_bytes = PIECE_BYTES if all_cores else _LONG_PIECE_BYTES
+        self._piece_bytes = _LONG_PIECE_BYTES if threads else PIECE_BYTES
         text = orjson.dumps(content).decode()
         dtype = np.dtype(dtype)
         self._reference = ReferenceEngine(text, dtype)
@@ -71,7 +72,7 @@ class Encoder:
         self._name = _fast_engine(content)
         if engine == "auto" and self._name and importlib.util.find_spec(self._name):
             raws = [adversarial.encode() for adversarial in adversarial_texts(tokenizer)]
-            self._adopt(text, raws, all_cores, dtype)
+            self._adopt(text, raws, threads, dtype)
 
     @property
     def engine(self) -> str:
@@ -128,10 +129,10 @@ class Encoder:
             encoded = self._reference.encode(pieces)
         return Encoded(encoded.ids, encoded.ends[last])
 
-    def _adopt(self, content: str, raws: list[bytes], all_cores: bool, dtype: np.dtype[Any]) -> None:
+    def _adopt(self, content: str, raws: list[bytes], threads: int, dtype: np.dtype[Any]) -> None:
         try:
             fast = (
-                open_gigatoken(content, all_cores, dtype)
+                open_gigatoken(content, threads, dtype)
                 if self._name == "gigatoken"
                 else open_tokie(content, self._reference, dtype)
             )

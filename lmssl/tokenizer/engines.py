@@ -18,8 +18,8 @@ _BATCH_BYTES = 4 << 20
 _SMALL_BATCH = 16 << 10
 """Characters that one thread encodes sooner than several."""
 _MAX_GROWTH_BYTES = 48 << 20
-"""By how much the process may grow while gigatoken encodes, before a fresh instance takes over. Where it encodes on all
-cores it may grow by twice as much, as its threads have several chunks of text in work, which come and go."""
+"""By how much the process may grow for each thread that calls gigatoken, before fresh instances take over; by twice as
+much where a call has all cores, which have several chunks of text in work."""
 
 _LOOK_BYTES = 2 << 20
 """Text between two looks at that."""
@@ -64,49 +64,59 @@ class ReferenceEngine:
 
 
 class _Gigatoken:
-    """gigatoken; its caches grow with the words it meets, so a fresh instance takes over now and then.
+    """gigatoken; its caches grow with the words it meets, so fresh instances take over now and then.
 
-    How much they take it does not tell; the growth of the process bounds it. Where something else grows, an instance
-    is renewed for nothing, once.
+    How much they take it does not tell; the growth of the process bounds it. Where something else grows, instances
+    are renewed for nothing, once. Each call has an instance to itself: one instance encodes for one thread at a time.
     """
 
-    def __init__(self, content: str, all_cores: bool, dtype: np.dtype[Any]) -> None:
+    def __init__(self, content: str, threads: int, dtype: np.dtype[Any]) -> None:
         self._content = content
         self._dtype = dtype
-        self._all_cores = all_cores
-        self._max_growth_bytes = _MAX_GROWTH_BYTES * (2 if all_cores else 1)
+        self._threads = threads
+        self._max_growth_bytes = _MAX_GROWTH_BYTES * (threads or 2)
         self._lock = threading.Lock()
         self._process = psutil.Process()
         self._num_bytes = 0
-        self._renew()
+        self._idle = [self._new()]
+        self._generation = 0
         self._began_bytes = self._process.memory_info().rss
 
     def encode(self, raws: Sequence[bytes]) -> Encoded:
         if not raws:
             return Encoded(np.empty(0, self._dtype), np.empty(0, np.int64))
+        generation, backend = self._take(sum(map(len, raws)))
+        if self._threads == 1:
+            arrays = [backend.encode(raw) for raw in raws]
+            found = np.concatenate(arrays, dtype=self._dtype, casting="same_kind")  # one pass; `astype` is another
+            ends = np.cumsum([len(array) for array in arrays])
+        else:
+            layout = backend.encode_batch(list(raws), parallel=not self._threads).layout
+            offsets = np.asarray(layout.offsets.data, dtype=np.int64)
+            found = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self._dtype, copy=False)
+            ends = offsets[1:] - offsets[0]
         with self._lock:
-            self._num_bytes += sum(map(len, raws))
+            if generation == self._generation:
+                self._idle.append(backend)
+        return Encoded(found, ends)
+
+    def _take(self, num_bytes: int) -> tuple[int, Any]:
+        """An instance that nobody has, to encode so much text with."""
+        with self._lock:
+            self._num_bytes += num_bytes
             if self._num_bytes > _LOOK_BYTES:
                 self._num_bytes = 0
                 if self._process.memory_info().rss - self._began_bytes > self._max_growth_bytes:
-                    self._renew()
+                    self._idle = []  # the old go before the new come; calls under way keep theirs
+                    self._generation += 1
                     _return_freed_memory()
                     self._began_bytes = self._process.memory_info().rss
-            backend = self._backend
-        if not self._all_cores:
-            arrays = [backend.encode(raw) for raw in raws]
-            ids = np.concatenate(arrays, dtype=self._dtype, casting="same_kind")  # one pass, where `astype` is another
-            return Encoded(ids, np.cumsum([len(array) for array in arrays], dtype=np.int64))
-        layout = backend.encode_batch(list(raws)).layout  # calls of several threads run at the same time
-        offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-        return Encoded(ids.astype(self._dtype, copy=False), offsets[1:] - offsets[0])
+            return self._generation, self._idle.pop() if self._idle else self._new()
 
-    def _renew(self) -> None:
+    def _new(self) -> Any:
         import gigatoken
 
-        self._backend: Any = None  # the old one goes before the new one comes; calls under way keep theirs
-        self._backend = gigatoken.Tokenizer.from_json(self._content)
+        return gigatoken.Tokenizer.from_json(self._content)
 
 
 def _return_freed_memory() -> None:
@@ -161,9 +171,9 @@ def open_tokie(content: str, reference: Engine, dtype: np.dtype[Any]) -> Engine:
     return _Tokie(content, reference, dtype)
 
 
-def open_gigatoken(content: str, all_cores: bool, dtype: np.dtype[Any]) -> Engine:
-    """The fast engine for a `tokenizer.json`; raises whatever gigatoken raises where it cannot."""
-    return _Gigatoken(content, all_cores, dtype)
+def open_gigatoken(content: str, threads: int, dtype: np.dtype[Any]) -> Engine:
+    """The fast engine for a `tokenizer.json`, see `Encoder`; raises whatever gigatoken raises where it cannot."""
+    return _Gigatoken(content, threads, dtype)
 
 
 def _batches(raws: Sequence[bytes]) -> list[list[bytes]]:

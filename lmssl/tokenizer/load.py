@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import tokenizers
 
 from lmssl.errors import TokenizerError
@@ -101,7 +102,7 @@ def _control_id(folder: Path, role: str, vocabulary: dict[str, int]) -> int | No
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = orjson.loads(file.read_bytes())
     except ValueError as error:
         raise TokenizerError(
             f"{file.name} is not JSON: {error}", where=str(file), remedy="write the folder again"

@@ -128,17 +128,17 @@ def test_long_documents_are_cut_without_effect(trained: Tokenizer, texts: list[s
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])
-@pytest.mark.parametrize("all_cores", [True, False])
+@pytest.mark.parametrize("threads", [0, 1, 2])
 def test_ids_come_in_the_type_that_was_asked(
-    trained: Tokenizer, texts: list[str], engine: Literal["auto", "reference"], all_cores: bool
+    trained: Tokenizer, texts: list[str], engine: Literal["auto", "reference"], threads: int
 ) -> None:
     given = [*texts, "", "\n\n".join(texts * 40)]
     assert sum(map(len, given)) > 2 << 20, "more than a piece for one thread"
     wide = Encoder(trained, "reference").encode(given)
-    narrow = Encoder(trained, engine, all_cores=all_cores, dtype="<u2").encode(given)
+    narrow = Encoder(trained, engine, threads=threads, dtype="<u2").encode(given)
     assert (wide.ids.dtype, narrow.ids.dtype) == (np.uint32, np.uint16)
     assert np.array_equal(wide.ids, narrow.ids) and np.array_equal(wide.ends, narrow.ends)
-    assert Encoder(trained, engine, all_cores=all_cores, dtype="<u2").encode([]).ids.dtype == np.uint16
+    assert Encoder(trained, engine, threads=threads, dtype="<u2").encode([]).ids.dtype == np.uint16
 
 
 def test_batches_of_the_reference_do_not_show(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_gigatoken_agrees(byte_level: Tokenizer, texts: list[str]) -> None:
 
 @needs_gigatoken
 def test_gigatoken_on_one_core_agrees(byte_level: Tokenizer, texts: list[str]) -> None:
-    alone, reference = Encoder(byte_level, all_cores=False), Encoder(byte_level, "reference")
+    alone, reference = Encoder(byte_level, threads=1), Encoder(byte_level, "reference")
     for batch in (texts, adversarial_texts(byte_level), [""], ["", "a", ""], []):
         assert documents(alone.encode(batch)) == documents(reference.encode(batch))
     assert alone.engine == "gigatoken"
@@ -212,10 +212,10 @@ def test_threads_share_an_encoder(byte_level: Tokenizer, monkeypatch: pytest.Mon
 
 
 @needs_gigatoken
-@pytest.mark.parametrize("all_cores", [False, True])
-def test_new_words_do_not_fill_the_memory(folders: dict[str, Path], all_cores: bool) -> None:
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_new_words_do_not_fill_the_memory(folders: dict[str, Path], threads: int) -> None:
     """Random words, none of which comes twice: kept, their 60 MB would take 450."""
-    encoder, process = Encoder(load_tokenizer(folders["bpe-gpt2"]), all_cores=all_cores), psutil.Process()
+    encoder, process = Encoder(load_tokenizer(folders["bpe-gpt2"]), threads=threads), psutil.Process()
     draw = np.random.default_rng(1)
     before, most = process.memory_info().rss, 0
     for _ in range(30):
@@ -232,12 +232,26 @@ def test_gigatoken_is_renewed(byte_level: Tokenizer, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(engines, "_MAX_GROWTH_BYTES", -1 << 60)
     monkeypatch.setattr(engines, "_LOOK_BYTES", 10)
     encoder = Encoder(byte_level)
-    first = encoder._fast._backend  # type: ignore[union-attr]
+    first = encoder._fast._idle[0]  # type: ignore[union-attr]
     texts = [f"some text {i}" for i in range(200)]
     expected = Encoder(byte_level, "reference").encode(texts)
     for _ in range(3):
         assert documents(encoder.encode(texts)) == documents(expected)
-    assert encoder._fast._backend is not first  # type: ignore[union-attr]
+    assert encoder._fast._idle[0] is not first  # type: ignore[union-attr]
+
+
+@needs_gigatoken
+def test_threads_that_call_at_once_have_an_engine_each(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_LOOK_BYTES", 1 << 16)  # so that fresh ones come amid calls
+    monkeypatch.setattr(engines, "_MAX_GROWTH_BYTES", -1 << 60)
+    texts = [f"word{i} and {i * 7919} more of them\n" * 40 for i in range(120)]
+    expected = [Encoder(byte_level, "reference").encode([text]).ids.tolist() for text in texts]
+    encoder = Encoder(byte_level, threads=4)
+    with ThreadPoolExecutor(4) as executor:
+        found = list(executor.map(lambda text: encoder.encode([text]).ids.tolist(), texts))
+    assert encoder.engine == "gigatoken"
+    assert found == expected
+    assert 1 <= len(encoder._fast._idle) <= 4  # type: ignore[union-attr]
 
 
 def test_unigram_uses_the_reference_without_a_word(folders: dict[str, Path]) -> None:
@@ -268,7 +282,7 @@ class Wrong:
 @pytest.fixture
 def wrong(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Wrong:
     engine = Wrong(byte_level)
-    monkeypatch.setattr(encode, "open_gigatoken", lambda content, all_cores, dtype: engine)
+    monkeypatch.setattr(encode, "open_gigatoken", lambda content, threads, dtype: engine)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return engine
 
