@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu.sh [--device cuda|cpu] [--tiny] [--stages correctness,mfu,...] [--only 'TEXT|TEXT'] [--seconds 560]
 #
-# Stages, in order: correctness, mfu, peers, memory, kernel_times, fp8, further. A stage ends when what is left of
+# Stages, in order: correctness, mfu, peers, memory, kernel_times, fp8, further; and, only where it is asked for,
+# variants, which tells what changes of lmssl would gain. A stage ends when what is left of
 # --seconds is what those behind it keep for themselves, so that time that one does not use is the next one's, and the
 # whole is bounded. Required rows come first; one for which no time is left is recorded as such. What a call left out
 # a second one can do, e.g. `--stages fp8,further`, or `--stages mfu --only '1.3B|4096'` for some rows of mfu, fp8 and
@@ -78,8 +79,8 @@ export LMSSL_GPU_RUN="$(date -u +%Y-%m-%dT%H:%M:%SZ)"
 status=0
 # Seconds that a stage keeps free of those before it: what its required rows take, by guess. With prepare's they are
 # less than --seconds; what installing took is counted, because $SECONDS is 0 where this script begins.
-declare -A kept=([correctness]=75 [mfu]=140 [peers]=135 [memory]=40 [kernel_times]=35 [fp8]=50 [further]=0)
-order=(prepare correctness mfu peers memory kernel_times fp8 further)
+declare -A kept=([correctness]=75 [mfu]=140 [peers]=135 [memory]=40 [kernel_times]=35 [fp8]=50 [further]=0 [variants]=0)
+order=(prepare correctness mfu peers memory kernel_times fp8 further variants)
 
 chosen() { case ",$stages," in *",$1,"*) ;; *) return 1 ;; esac; }
 
@@ -111,5 +112,6 @@ stage memory
 stage kernel_times
 PYTHONPATH="$scratch/further/torchao:$PYTHONPATH" stage fp8 mfu --set fp8 --only "$only"
 stage further mfu --set further --only "$only"
+stage variants mfu --set variants --only "$only"
 echo "== all: $SECONDS s; results in $out"
 exit "$status"

@@ -141,6 +141,13 @@ def kernels(rows: Rows) -> list[str]:
             lines += ["| kernel | share | calls in two steps |", "| --- | --- | --- |"]
             lines += [f"| `{_cell(k['name'])[:90]}` | {k['ratio']:.1%} | {k['calls']} |" for k in row["top"][:12]]
             lines.append("")
+    alone = [row for row in rows if "tflops" in row]
+    if alone:
+        lines += ["Alone, in bf16, TFLOP/s:\n", "| what | rates |", "| --- | --- |"]
+        for row in alone:
+            rates = ", ".join(f"{name} {rate:.0f}" for name, rate in row["tflops"].items())
+            lines.append(f"| {row['what']} | {rates} |")
+        lines.append("")
     lines += [
         "Attention of one layer, 16 sequences of 2,048 tokens, causal; TFLOP/s count pairs within documents only.\n",
         "| way | head width | tokens of a document | forward, ms | with backward, ms | TFLOP/s |",

@@ -1,13 +1,19 @@
-"""`python -m lmssl`, and with it `accelerate launch -m lmssl`."""
+"""`lmssl`, `python -m lmssl`, and with it `accelerate launch -m lmssl`."""
 
 from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__":
-    try:
-        from lmssl.cli import main
 
-        sys.exit(main())
-    except KeyboardInterrupt:  # while importing, before `main` can say it
-        sys.exit(130)
+def main() -> int:
+    """Run a verb; returns the exit code of the process."""
+    try:
+        from lmssl import cli  # here, so that a Ctrl-C meanwhile ends in no traceback
+
+        return cli.main()
+    except KeyboardInterrupt:  # before `cli.main` could say it, or behind it
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from torch.nn.attention import varlen as torch_varlen
 from torch.profiler import ProfilerActivity, profile
 
+from lmssl.model import head
+
 TOP = 40
 CUDNN = "varlen by cuDNN"
 
@@ -126,6 +128,67 @@ def attention(args: argparse.Namespace, way: Way, width: int, mean_tokens: int) 
     }
 
 
+def seconds_of(args: argparse.Namespace, call: Callable[[], Any], times: int = 8) -> float:
+    """Median of some calls after three that are not counted."""
+    clock = Clock(args.device)
+    for number in range(1 if args.tiny else 3 + times):
+        clock.marks = clock.marks if number > 2 else []
+        clock.mark()
+        call()
+        clock.mark()
+    return statistics.median(clock.seconds()[::2])
+
+
+def products(args: argparse.Namespace, tokens: int, width: int, out: int) -> dict[str, Any]:
+    """TFLOP/s of a linear layer's three products, and of the last one summed in float32."""
+    tokens = 128 if args.tiny else tokens
+    x, w, g = (
+        torch.randn(shape, device=args.device, dtype=torch.bfloat16)
+        for shape in ((tokens, width), (out, width), (tokens, out))
+    )
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: x @ w.t(),
+        "input": lambda: g @ w,
+        "weight": lambda: g.t() @ x,
+    }
+    if args.device == "cuda":
+        total = torch.zeros(out, width, device=args.device)
+        calls["weight in float32"] = lambda: torch.addmm(total, g.t(), x, out_dtype=torch.float32, out=total)
+    flops = 2 * tokens * width * out
+    return {"tflops": {name: flops / seconds_of(args, call) / 1e12 for name, call in calls.items()}}
+
+
+def head_seconds(args: argparse.Namespace, width: int, chunk_targets: int) -> dict[str, Any]:
+    """Loss and gradients of the head at 65,536 targets, by the size of a chunk."""
+    targets, vocabulary = (256, 1000) if args.tiny else (65536, 50304)
+    hidden = torch.randn(targets, width, device=args.device).bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=args.device) * 0.02).requires_grad_()
+    ids = torch.randint(vocabulary, (targets,), device=args.device)
+
+    def call() -> None:
+        hidden.grad = weight.grad = None
+        head.summed_cross_entropy(hidden, weight, ids, chunk_targets=chunk_targets).backward()
+
+    seconds = seconds_of(args, call, 3)
+    return {"seconds": seconds, "tflops": {"three products": 6 * targets * width * vocabulary / seconds / 1e12}}
+
+
+def ceilings(args: argparse.Namespace) -> list[Row]:
+    """What products alone reach at the models' shapes, and the head by the size of its chunks."""
+    rows = []
+    for tokens, width, outs in (
+        (131072, 768, (768, 2304, 2048, 4096)),
+        (65536, 1024, (1024, 3072, 2816, 5632)),
+        (8192, 768, (50304,)),
+    ):
+        for out in outs:
+            about = {"what": f"products, {tokens} x {width} x {out}"}
+            rows.append(Row(about, partial(products, args, tokens, width, out), 1))
+    for chunk in (1024, 2048, 4096, 8192, 16384):
+        rows.append(Row({"what": f"head, chunks of {chunk}"}, partial(head_seconds, args, 768, chunk), 3))
+    return rows[:1] + rows[-1:] if args.tiny else rows
+
+
 def planned(args: argparse.Namespace) -> list[Row]:
     """A profile of each model, and attention by way, width and length of documents."""
     ways = {**BACKENDS, CUDNN: by_starts, "one document, torch's choice": dense}
@@ -150,7 +213,7 @@ def planned(args: argparse.Namespace) -> list[Row]:
     rows = [step("124M", 2048, 131072, 15), *layers(64, 1000), step("ModernBERT-base", 1024, 131072, 15)]
     if not args.tiny:
         rows += [step("350M", 2048, 65536, 15), step("1.3B", 2048, 32768, 20)]
-    return [*rows, *layers(128, 1000), *layers(64, 100)]
+    return [*rows, *ceilings(args), *layers(128, 1000), *layers(64, 100)]
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
 
 Each row is lmssl's own session: loader, compiled layers, loss, clipping, optimiser. The micro-batch starts at the
 first size of its row and is halved until it fits. Rows stand in order of importance; one that would end after
-`--until`, by guess, is left out, and the record says so.
+`--until`, by guess, is left out, and the record says so. Rows of `--set variants` are what lmssl does not do: they tell
+what a change would gain before it is made.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import argparse
 import importlib.util
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from kernel_times import cudnn
 from rows import Row, device_name, finish, run_rows
 from setting import DOCUMENTS_FORMULA, MFU_FORMULA, drive, is_out_of_memory, parse, recipe
 
+from lmssl.model import head
+from lmssl.train import opening
 from lmssl.train.peaks import peak_flops
 
 STEPS, WARMUP = 14, 6
@@ -35,6 +41,8 @@ class Planned:
     changes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 22.0
     """How long it takes, by guess."""
+    variant: str = ""
+    """Of `VARIANTS`: what is done in another way."""
 
     @property
     def fp8(self) -> bool:
@@ -45,7 +53,44 @@ class Planned:
     def name(self) -> str:
         """What sets it apart."""
         words = [f"{key}={value}" for section in self.changes.values() for key, value in section.items()]
-        return ", ".join([self.model, str(self.length), *words])
+        return ", ".join([self.model, str(self.length), *words, *filter(None, [self.variant])])
+
+
+@contextmanager
+def larger_chunks() -> Iterator[None]:
+    """Four times as many targets in a chunk of logits."""
+    plain = dict(head.LOGITS_BYTES), head._GPU_BYTES_PER_TARGET
+    head.LOGITS_BYTES["cuda"], head._GPU_BYTES_PER_TARGET = 4 * plain[0]["cuda"], 4 * plain[1]
+    try:
+        yield
+    finally:
+        head.LOGITS_BYTES.update(plain[0])
+        head._GPU_BYTES_PER_TARGET = plain[1]
+
+
+@contextmanager
+def narrow_residuals() -> Iterator[None]:
+    """What layers add to is of 16 bits, from the embedding on; norms still compute in float32."""
+    plain = opening.build_recipe_model
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        model = plain(*args, **kwargs)
+        model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, out: out.bfloat16())
+        return model
+
+    opening.build_recipe_model = build
+    try:
+        yield
+    finally:
+        opening.build_recipe_model = plain
+
+
+VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "": nullcontext,
+    "attention by cuDNN": lambda: cudnn(True),
+    "chunks of logits four times as large": larger_chunks,
+    "residuals in bf16": narrow_residuals,
+}
 
 
 MUON = {"optim": {"kind": "muon", "lr": 1e-2}}
@@ -67,6 +112,11 @@ SETS = {
         Planned("350M", 4096, 65536),
         Planned("1.3B", 2048, 32768, MUON, seconds=40),
         Planned("350M", 2048, 65536, MODEL, seconds=120),
+    ),
+    "variants": tuple(
+        Planned(model, 2048, tokens, variant=variant)
+        for model, tokens in (("124M", 131072), ("350M", 65536))
+        for variant in list(VARIANTS)[1:]
     ),
 }
 """In order of importance; each set is a stage of gpu.sh."""
@@ -91,7 +141,8 @@ def measure(args: argparse.Namespace, row: Planned) -> dict[str, Any]:
         )
         failed = False
         try:
-            found = drive(asked, args.device, steps=steps)
+            with VARIANTS[row.variant]():
+                found = drive(asked, args.device, steps=steps)
         except Exception as error:
             if not is_out_of_memory(error) or micro_sequences == 1:
                 raise

@@ -277,7 +277,7 @@ class ChunkCache:
 
     def _write(self, folder: Path, unit: Unit, text: ChunkText) -> None:
         encoder = self._opened_encoder()
-        ends, digest = write_tokens(folder / "tokens.ds", text.documents, self._dtype, encoder, self._check_cancelled)
+        ends, digest = write_tokens(folder / "tokens.ds", text.documents, encoder, self._check_cancelled)
         rows = document_rows(text.documents)
         write_chunk(folder, unit, text, self._dtype, self._tokenizer.fingerprint, ends, rows, digest)
 

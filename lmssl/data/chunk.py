@@ -147,15 +147,12 @@ def write_chunk(
 
 
 def write_tokens(
-    path: Path,
-    documents: Sequence[Document],
-    dtype: np.dtype[Any],
-    encoder: Encoder,
-    check: Callable[[], None],
+    path: Path, documents: Sequence[Document], encoder: Encoder, check: Callable[[], None]
 ) -> tuple[npt.NDArray[np.int64], xxhash.xxh3_128]:
     """Write the tokens of some documents; returned is where each ends, shape [documents], and the file's digest.
 
     `check` is called between batches and may raise. Of a document longer than a batch one part at a time is in work.
+    The encoder's type of ids is the file's.
     """
     counts = np.zeros(len(documents), np.int64)
     digest = xxhash.xxh3_128()
@@ -163,9 +160,8 @@ def write_tokens(
         for numbers, parts in _batches(documents, encoder):
             check()
             ids, ends = encoder.encode_utf8(parts)
-            narrow = ids.astype(dtype, copy=False).data
-            file.write(narrow)
-            digest.update(narrow)
+            file.write(ids.data)
+            digest.update(ids.data)
             np.add.at(counts, numbers, np.diff(ends, prepend=0))
     return np.cumsum(counts), digest
 

@@ -25,7 +25,7 @@ from lmssl.data.units import empty_corpus
 from lmssl.data.window import Window, WindowPlan
 from lmssl.errors import DataError
 
-_KEPT_PLANS = 8
+_KEPT_PLANS = 512
 Place = tuple[int, int]
 """Rank of a unit in the epoch's permutation, and chunk of that unit."""
 

@@ -30,6 +30,8 @@ from lmssl.recipe.data import AnyCorpus, DataSection, TokensCorpus
 from lmssl.tokenizer.load import Tokenizer
 
 _OPEN_WINDOWS = 8
+_OPEN_TABLE_BYTES = 128 << 20
+"""What positions in any order may keep open: windows of about 2 GB of short documents."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class SequenceStream:
         self.cancel = cancel
         """While set, building in any thread stops early with `Cancelled`."""
         self._epochs = {epoch.corpus: epoch for epoch in epochs}
-        self._windows = OpenWindows(layout, _OPEN_WINDOWS)
+        self._windows = OpenWindows(layout, _OPEN_WINDOWS, _OPEN_TABLE_BYTES)
         self._sets = tuple(sets)
         self._validation: tuple[ValidationSplit, ...] | None = None
         self._found_sets: tuple[ValidationSplit, ...] | None = None

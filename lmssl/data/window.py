@@ -157,6 +157,11 @@ class Window:
         """Bytes of text in the window's sequences."""
         return round(float((self._bytes_of if self.plan.repacked else self._num_bytes).sum()))
 
+    @cached_property
+    def table_bytes(self) -> int:
+        """Memory of what it knows of documents and segments; tokens are mapped, and not in it."""
+        return sum(a.nbytes for part in (self, self.packing) for a in vars(part).values() if isinstance(a, np.ndarray))
+
     def gather(self, index: int) -> Row:
         """The index-th sequence."""
         rows = gather_rows([(self, index)], self.layout)
@@ -325,19 +330,23 @@ class Window:
 
 
 class OpenWindows:
-    """The windows used last, opened when asked for."""
+    """The windows used last, opened when asked for: so many, and more while their tables take no more than so much."""
 
-    def __init__(self, layout: Layout, size: int) -> None:
+    def __init__(self, layout: Layout, size: int, table_bytes: int = 0) -> None:
         self.layout = layout
         self._size = size
+        self._left_bytes = table_bytes
         self._windows: OrderedDict[WindowPlan, Window] = OrderedDict()
 
     def get(self, plan: WindowPlan) -> Window:
         """The window of a plan."""
-        window = self._windows.pop(plan, None) or Window(plan, self.layout)
+        window = self._windows.pop(plan, None)
+        if window is None:
+            window = Window(plan, self.layout)
+            self._left_bytes -= window.table_bytes
         self._windows[plan] = window
-        while len(self._windows) > self._size:
-            self._windows.popitem(last=False)
+        while len(self._windows) > self._size and self._left_bytes < 0:
+            self._left_bytes += self._windows.popitem(last=False)[1].table_bytes
         return window
 
 

@@ -64,6 +64,19 @@ def test_windows_are_kept_open(plan: WindowPlan) -> None:
     assert windows.get(plans[0]) is not first
 
 
+def test_more_windows_stay_open_while_their_tables_are_small(plan: WindowPlan) -> None:
+    plans = [replace(plan, window=number) for number in range(6)]
+    size = Window(plan, LAYOUT).table_bytes
+    table = Window(plan, LAYOUT)._table
+    assert size > table.nbytes > 0
+    windows = OpenWindows(LAYOUT, 2, 4 * size + size // 2)
+    opened = [windows.get(each) for each in plans]
+    assert [windows.get(each) for each in plans[2:]] == opened[2:], "the four used last"
+    assert windows.get(plans[0]) is not opened[0]
+    assert windows.get(plans[3]) is opened[3]
+    assert windows.get(plans[2]) is not opened[2], "the one that was used first made room"
+
+
 def test_a_chunk_that_vanished(plan: WindowPlan) -> None:
     (plan.chunks[0] / "meta.json").unlink()
     with pytest.raises(DataError, match="removed or damaged during the run") as caught:
