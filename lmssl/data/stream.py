@@ -31,7 +31,7 @@ from lmssl.tokenizer.load import Tokenizer
 
 _OPEN_WINDOWS = 8
 _OPEN_TABLE_BYTES = 128 << 20
-"""What positions in any order may keep open: windows of about 2 GB of short documents."""
+"""What positions in any order may keep open: windows of about a million documents."""
 
 
 @dataclass(frozen=True)
