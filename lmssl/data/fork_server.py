@@ -10,8 +10,8 @@ import multiprocessing
 import signal
 from collections.abc import Sequence
 
-_PRELOADED = ("lmssl.cli", "lmssl.data.batch", "lmssl.objective.base")
-"""What unpickling a loader's work imports; the first is what `python -m lmssl` imports again in every child."""
+_PRELOADED = ("lmssl.data.batch", "lmssl.objective.base")
+"""What unpickling a loader's work imports."""
 
 
 def start(preloaded: Sequence[str] = _PRELOADED) -> str:
