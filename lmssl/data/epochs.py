@@ -26,6 +26,7 @@ from lmssl.data.window import Window, WindowPlan
 from lmssl.errors import DataError
 
 _KEPT_PLANS = 512
+"""Making one anew reads the description of each of its chunks."""
 Place = tuple[int, int]
 """Rank of a unit in the epoch's permutation, and chunk of that unit."""
 
