@@ -175,7 +175,7 @@ def raw(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     encoder = Encoder(load_tokenizer(Path(args.tokenizer)), report=complain)
     texts: list[Any] = [path.read_bytes() for path in sorted((folder / "txt").iterdir())]
     engine: Any = encoder._fast or encoder._reference
-    backend = engine._new() if encoder.engine == "gigatoken" else engine._backend
+    backend = engine._new().backend if encoder.engine == "gigatoken" else engine._backend
     if encoder.engine != "gigatoken":  # the others take no bytes
         texts = [text.decode() for text in texts]
     tokens = 0

@@ -23,10 +23,8 @@ _ENOUGH_BYTES = _SAMPLE_BYTES // 4
 """What may be left of a sample's budget: a piece more costs the reference a millisecond."""
 _LONG_PIECE_BYTES = 1 << 20
 """Pieces for an engine that encodes on one thread, to which many short ones only cost more calls."""
-_MAX_PASSED, _PASSED_CALLS = 8, 16
-"""Texts of which only a long piece could be checked, and which are passed over, but in one call of so many."""
-_MAX_CHECKED_BYTES = 1 << 20
-"""Longer pieces, which have no place to cut, are not checked: the reference takes many times their memory."""
+_MAX_CHECKED_BYTES = 4 * _SAMPLE_BYTES
+"""A longer stretch without a place to cut is not checked as it stands: the reference takes 200 times its memory."""
 
 _MARK = "\ufdd0"
 """Begins the new names of control tokens; Unicode reserves it for such inner use."""
@@ -90,44 +88,54 @@ class Encoder:
     def encode_utf8(self, raws: Sequence[bytes]) -> Encoded:
         """Encode whole documents, given as UTF-8 that is known to be valid."""
         if self._fast is None:
-            pieces = [list(self.parts(raw, PIECE_BYTES)) for raw in raws]
-            encoded = self._reference.encode([piece for cut in pieces for piece in cut])
-            return Encoded(encoded.ids, encoded.ends[np.cumsum([len(cut) for cut in pieces], dtype=np.int64) - 1])
+            cuts = [list(self.parts(raw, PIECE_BYTES)) for raw in raws]
+            encoded = self._reference.encode([piece for cut in cuts for piece in cut])
+            return Encoded(encoded.ids, encoded.ends[np.cumsum([len(cut) for cut in cuts], dtype=np.int64) - 1])
         self._calls += 1
-        return self._encode_fast(self._fast, *self._cut(raws, self._calls))
+        chosen, excerpts = _sample(raws, self._calls, self._can_cut)
+        pieces, last, checked = self._cut(raws, chosen)
+        return self._encode_fast(self._fast, pieces, last, checked, excerpts)
 
     def parts(self, raw: bytes, size: int) -> Iterator[bytes]:
         """A document in parts of about `size` bytes, whose ids joined are its own; whole where no cut is safe."""
         return cut_text(raw, size) if self._can_cut else iter((raw,))
 
-    def _cut(self, raws: Sequence[bytes], salt: int) -> tuple[list[bytes], npt.NDArray[np.int64], list[int]]:
-        """Pieces, the last piece of each document, and the pieces to check: about 1/4096 of the text."""
+    def _cut(
+        self, raws: Sequence[bytes], chosen: dict[int, list[bytes]]
+    ) -> tuple[list[bytes], npt.NDArray[np.int64], list[int]]:
+        """Pieces, the last piece of each document, and the pieces to check."""
         pieces: list[bytes] = []
         last = np.empty(len(raws), dtype=np.int64)
-        chosen, sample = _sample(raws, salt, self._can_cut), list[int]()
+        checked = list[int]()
         for i, raw in enumerate(raws):
             parts = chosen.get(i, [raw])
             for number, part in enumerate(parts):
-                cut = list(self.parts(part, self._piece_bytes))
-                if i in chosen and number == len(parts) // 2 and len(cut[0]) <= _MAX_CHECKED_BYTES:
-                    sample.append(len(pieces))
-                pieces += cut
+                if i in chosen and number == len(parts) // 2:
+                    checked.append(len(pieces))
+                pieces += self.parts(part, self._piece_bytes)
             last[i] = len(pieces) - 1
-        return pieces, last, sample
+        return pieces, last, checked
 
     def _encode_fast(
-        self, fast: Engine, pieces: list[bytes], last: npt.NDArray[np.int64], sample: list[int]
+        self,
+        fast: Engine,
+        pieces: list[bytes],
+        last: npt.NDArray[np.int64],
+        checked: list[int],
+        excerpts: list[bytes],
     ) -> Encoded:
+        texts = pieces + excerpts
         try:
-            encoded = fast.encode(pieces)
-            wrong = _first_difference(encoded, self._reference, pieces, sample)
+            encoded = fast.encode(texts)
+            wrong = _first_difference(encoded, self._reference, texts, [*checked, *range(len(pieces), len(texts))])
         except Exception as error:  # a foreign engine may raise anything; the reference stands ready
             self._abandon(f"raised {type(error).__name__}: {error}")
             encoded, wrong = self._reference.encode(pieces), None
         if wrong is not None:
-            self._abandon(f"encoded {_shorten(pieces[wrong])} differently")
+            self._abandon(f"encoded {_shorten(texts[wrong])} differently")
             encoded = self._reference.encode(pieces)
-        return Encoded(encoded.ids, encoded.ends[last])
+        ends = encoded.ends[last]
+        return Encoded(encoded.ids[: ends[-1]] if len(ends) else encoded.ids[:0], ends)
 
     def _adopt(self, content: str, raws: list[bytes], threads: int, dtype: np.dtype[Any]) -> None:
         try:
@@ -230,33 +238,38 @@ def _spread(number: int) -> float:
     return number * 0.7548776662466927 % 1.0
 
 
-def _sample(raws: Sequence[bytes], salt: int, can_cut: bool) -> dict[int, list[bytes]]:
-    """Documents to check, other ones in each call: each in parts, of which the middle one is checked.
+def _sample(raws: Sequence[bytes], salt: int, can_cut: bool) -> tuple[dict[int, list[bytes]], list[bytes]]:
+    """What to check, about 1/4096 of the text, of other documents in each call.
 
-    All that is checked is about 1/4096 of the text. A text with no spaces to cut at, such as Chinese, gives a long
-    part, which costs as much as many short ones; so if there are others it has its turn in one call of 16.
+    Documents in parts, of which the middle one is checked; and, of texts such as Chinese that have no space to cut at
+    for long, excerpts that are encoded once more, by both engines.
     """
-    may_pass = _MAX_PASSED if salt % _PASSED_CALLS else 0
     budget = max(_SAMPLE_BYTES, sum(map(len, raws)) // _SAMPLE_SHARE)
-    chosen: dict[int, list[bytes]] = {}
-    passed: dict[int, list[bytes]] = {}
+    chosen, excerpts, seen = dict[int, list[bytes]](), list[bytes](), set[int]()
     for k in range(len(raws)):
         if budget <= _ENOUGH_BYTES:
             break
         i = int((_spread(salt) + k * 0.6180339887498949) % 1.0 * len(raws))
-        if i in chosen or i in passed:
+        if i in seen:
             continue
+        seen.add(i)
         raw = raws[i]
-        parts = [raw]
-        if can_cut and len(raw) > 4 * _SAMPLE_BYTES:
-            parts = cut_out(raw, int(_spread(salt + i) * (len(raw) - 2 * _SAMPLE_BYTES)), _SAMPLE_BYTES)
-        size = len(parts[len(parts) // 2])
-        if size > 4 * _SAMPLE_BYTES and len(passed) < may_pass:
-            passed[i] = parts
-            continue
-        chosen[i] = parts
-        budget -= size + 16
-    return chosen or dict([*passed.items()][:1])
+        parts, place = [raw], int(_spread(salt + i) * max(0, len(raw) - 2 * _SAMPLE_BYTES))
+        if can_cut and len(raw) > _MAX_CHECKED_BYTES:
+            parts = cut_out(raw, place, _SAMPLE_BYTES)
+        found = parts[len(parts) // 2]
+        if len(found) <= _MAX_CHECKED_BYTES:
+            chosen[i] = parts
+        else:
+            found = _excerpt(raw, place, _SAMPLE_BYTES)
+            excerpts.append(found)
+        budget -= len(found) + 16
+    return chosen, excerpts
+
+
+def _excerpt(raw: bytes, place: int, size: int) -> bytes:
+    """About `size` bytes of UTF-8 from about `place` on, in whole characters."""
+    return raw[place : place + size].decode(errors="ignore").encode()
 
 
 def _first_difference(encoded: Encoded, reference: Engine, raws: Sequence[bytes], sample: Sequence[int]) -> int | None:

@@ -7,6 +7,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,12 +18,16 @@ import tokenizers
 _BATCH_BYTES = 4 << 20
 _SMALL_BATCH = 16 << 10
 """Characters that one thread encodes sooner than several."""
-_MAX_GROWTH_BYTES = 48 << 20
-"""By how much the process may grow for each thread that calls gigatoken, before fresh instances take over; by twice as
-much where a call has all cores, which have several chunks of text in work."""
+_MAX_TEXT_BYTES = 96 << 20
+"""Text that one core encodes with one instance of gigatoken, whose caches take about 30 MB by then and would double."""
+_MAX_GROWTH_BYTES = 64 << 20
+"""By how much the process may grow for each core that encodes, before fresh instances take over sooner: text of words
+that never come again fills the caches at once."""
 
-_LOOK_BYTES = 2 << 20
-"""Text between two looks at that."""
+_LOOK_BYTES = 6 << 20
+"""Text between two looks at that; what was freed meanwhile goes back to the system, for 3 % of the time."""
+_ALL_CORES = min(psutil.cpu_count() or 1, 8)
+"""What a call on all cores may fill: each core has caches of its own, and many of them would take gigabytes."""
 
 
 class Encoded(NamedTuple):
@@ -63,18 +68,29 @@ class ReferenceEngine:
         return Encoded(np.concatenate(arrays) if arrays else np.empty(0, self._dtype), ends)
 
 
+@dataclass
+class _Instance:
+    """A tokenizer of gigatoken."""
+
+    backend: Any
+    num_bytes: int = 0
+    """Text that it encoded."""
+
+
 class _Gigatoken:
     """gigatoken; its caches grow with the words it meets, so fresh instances take over now and then.
 
-    How much they take it does not tell; the growth of the process bounds it. Where something else grows, instances
-    are renewed for nothing, once. Each call has an instance to itself: one instance encodes for one thread at a time.
+    How much they take it does not tell; the text they encoded bounds it where words come again, as they do, and the
+    growth of the process where they do not. Where something else grows, instances are renewed for nothing, once. Each
+    call has an instance to itself: one instance encodes for one thread at a time.
     """
 
     def __init__(self, content: str, threads: int, dtype: np.dtype[Any]) -> None:
         self._content = content
         self._dtype = dtype
         self._threads = threads
-        self._max_growth_bytes = _MAX_GROWTH_BYTES * (threads or 2)
+        self._max_text_bytes = _MAX_TEXT_BYTES * (1 if threads else _ALL_CORES)
+        self._max_growth_bytes = _MAX_GROWTH_BYTES * (threads or _ALL_CORES)
         self._lock = threading.Lock()
         self._process = psutil.Process()
         self._num_bytes = 0
@@ -85,38 +101,43 @@ class _Gigatoken:
     def encode(self, raws: Sequence[bytes]) -> Encoded:
         if not raws:
             return Encoded(np.empty(0, self._dtype), np.empty(0, np.int64))
-        generation, backend = self._take(sum(map(len, raws)))
+        generation, instance = self._take(sum(map(len, raws)))
         if self._threads == 1:
-            arrays = [backend.encode(raw) for raw in raws]
+            arrays = [instance.backend.encode(raw) for raw in raws]
             found = np.concatenate(arrays, dtype=self._dtype, casting="same_kind")  # one pass; `astype` is another
             ends = np.cumsum([len(array) for array in arrays])
         else:
-            layout = backend.encode_batch(list(raws), parallel=not self._threads).layout
+            layout = instance.backend.encode_batch(list(raws), parallel=not self._threads).layout
             offsets = np.asarray(layout.offsets.data, dtype=np.int64)
             found = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self._dtype, copy=False)
             ends = offsets[1:] - offsets[0]
         with self._lock:
-            if generation == self._generation:
-                self._idle.append(backend)
+            if generation == self._generation and instance.num_bytes < self._max_text_bytes:
+                self._idle.append(instance)
         return Encoded(found, ends)
 
-    def _take(self, num_bytes: int) -> tuple[int, Any]:
+    def _take(self, num_bytes: int) -> tuple[int, _Instance]:
         """An instance that nobody has, to encode so much text with."""
         with self._lock:
             self._num_bytes += num_bytes
             if self._num_bytes > _LOOK_BYTES:
                 self._num_bytes = 0
+                _return_freed_memory()
                 if self._process.memory_info().rss - self._began_bytes > self._max_growth_bytes:
                     self._idle = []  # the old go before the new come; calls under way keep theirs
+                    self._idle = [self._new()]
                     self._generation += 1
-                    _return_freed_memory()
                     self._began_bytes = self._process.memory_info().rss
-            return self._generation, self._idle.pop() if self._idle else self._new()
+            generation, instance = self._generation, self._idle.pop() if self._idle else None
+        instance = instance or self._new()
+        instance.num_bytes += num_bytes
+        return generation, instance
 
-    def _new(self) -> Any:
+    def _new(self) -> _Instance:
         import gigatoken
 
-        return gigatoken.Tokenizer.from_json(self._content)
+        _return_freed_memory()
+        return _Instance(gigatoken.Tokenizer.from_json(self._content))
 
 
 def _return_freed_memory() -> None:

@@ -149,21 +149,23 @@ def test_batches_of_the_reference_do_not_show(trained: Tokenizer, monkeypatch: p
 
 
 @needs_gigatoken
-def test_a_piece_too_long_to_check_is_still_encoded(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_MAX_CHECKED_BYTES", 1000)
+def test_of_a_long_stretch_without_spaces_an_excerpt_is_checked(
+    byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder, long = Encoder(byte_level), "日本語のテキスト、" * 10_000
-    checked: list[int] = []
+    checked: list[bytes] = []
     reference = encoder._reference.encode
 
     def watched(raws: Sequence[bytes]) -> Encoded:
-        checked.extend(map(len, raws))
+        checked.extend(raws)
         return reference(raws)
 
     monkeypatch.setattr(encoder._reference, "encode", watched)
-    assert documents(encoder.encode([long, "short"])) == documents(
-        Encoder(byte_level, "reference").encode([long, "short"])
-    )
-    assert encoder.engine == "gigatoken" and max(checked, default=0) <= 1000
+    for texts in ([long], [long, "short", long]):
+        assert documents(encoder.encode(texts)) == documents(Encoder(byte_level, "reference").encode(texts))
+    assert encoder.engine == "gigatoken"
+    excerpts = [raw for raw in checked if raw != b"short"]
+    assert excerpts and all(900 < len(raw) <= 1024 and raw.decode() in long for raw in excerpts)
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])
@@ -241,6 +243,19 @@ def test_gigatoken_is_renewed(byte_level: Tokenizer, monkeypatch: pytest.MonkeyP
 
 
 @needs_gigatoken
+@pytest.mark.parametrize("threads", [0, 1])
+def test_gigatoken_is_renewed_by_the_text_it_encoded(byte_level: Tokenizer, threads: int) -> None:
+    fast = Encoder(byte_level, threads=threads)._fast
+    assert isinstance(fast, engines._Gigatoken)
+    fast._idle, fast._max_text_bytes = [], 2500
+    left = list[int]()
+    for _ in range(7):
+        fast.encode([b"word " * 200])
+        left.append(fast._idle[0].num_bytes if fast._idle else 0)
+    assert left == [1000, 2000, 0, 1000, 2000, 0, 1000]
+
+
+@needs_gigatoken
 def test_threads_that_call_at_once_have_an_engine_each(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_LOOK_BYTES", 1 << 16)  # so that fresh ones come amid calls
     monkeypatch.setattr(engines, "_MAX_GROWTH_BYTES", -1 << 60)
@@ -315,6 +330,16 @@ def test_engine_that_differs_later_is_dropped_for_good(byte_level: Tokenizer, wr
     assert len(lines) == 1 and FAULTS[fault] in lines[0]
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_engine_that_differs_in_an_excerpt_is_dropped(byte_level: Tokenizer, wrong: Wrong, fault: str) -> None:
+    lines: list[str] = []
+    encoder, texts = Encoder(byte_level, report=lines.append), ["語" * 5000]
+    expected = documents(Encoder(byte_level, "reference").encode(texts))
+    wrong.fault = fault
+    assert documents(encoder.encode(texts)) == expected
+    assert encoder.engine == "tokenizers" and len(lines) == 1 and FAULTS[fault] in lines[0]
+
+
 def test_without_a_report_it_is_a_warning(byte_level: Tokenizer, wrong: Wrong) -> None:
     wrong.fault = "id"
     with pytest.warns(RuntimeWarning, match="gigatoken encoded"):
@@ -323,20 +348,21 @@ def test_without_a_report_it_is_a_warning(byte_level: Tokenizer, wrong: Wrong) -
 
 def test_samples_are_small_and_reach_every_document() -> None:
     pieces = [b"x" * 1000] * 100
-    samples = [encode._sample(pieces, call, True) for call in range(200)]
+    samples = [encode._sample(pieces, call, True)[0] for call in range(200)]
     assert max(map(len, samples)) <= 5
     assert {i for sample in samples for i in sample} == set(range(100))
-    assert encode._sample([], 0, True) == {}
-    assert encode._sample([b"only"], 7, True) == {0: [b"only"]}
+    assert encode._sample([], 0, True) == ({}, [])
+    assert encode._sample([b"only"], 7, True) == ({0: [b"only"]}, [])
 
 
-def test_texts_without_spaces_have_their_turn() -> None:
-    long, spaced = b"x" * 60_000, b"some words " * 6_000
-    seen = list[int]()
-    for call in range(320):
-        assert encode._sample([long] * 3, call, True).popitem()[1] == [long]
-        for i, parts in encode._sample([long, spaced, long, spaced], call, True).items():
-            seen.append(i)
-            assert parts == [long] if i in (0, 2) else len(parts) == 3 and len(parts[1]) < 1100
-        assert encode._sample([long, spaced], call, False).popitem()[1] in ([long], [spaced])
-    assert {*seen} == {0, 1, 2, 3} and 0 < sum(i in (0, 2) for i in seen) <= 20
+def test_samples_of_texts_without_spaces_are_excerpts() -> None:
+    long, spaced = "é日x".encode() * 10_000, b"some words " * 6_000
+    seen, num_excerpts = list[int](), 0
+    for call in range(40):
+        chosen, excerpts = encode._sample([long, spaced, long, spaced], call, True)
+        assert {*chosen} <= {1, 3} and all(len(parts) == 3 and len(parts[1]) < 1100 for parts in chosen.values())
+        assert all(1000 < len(excerpt) <= 1024 and excerpt in long for excerpt in excerpts)
+        assert chosen or excerpts
+        seen, num_excerpts = [*seen, *chosen], num_excerpts + len(excerpts)
+        assert not encode._sample([long, spaced], call, False)[0]
+    assert {*seen} == {1, 3} and num_excerpts > 10
