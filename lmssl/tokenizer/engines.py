@@ -25,7 +25,7 @@ _MAX_GROWTH_BYTES = 64 << 20
 that never come again fills the caches at once."""
 
 _LOOK_BYTES = 6 << 20
-"""Text between two looks at that; what was freed meanwhile goes back to the system, for 3 % of the time."""
+"""Text between two looks at that; what threads freed meanwhile goes back to the system, for 3 % of the time."""
 _ALL_CORES = min(psutil.cpu_count() or 1, 8)
 """What a call on all cores may fill: each core has caches of its own, and many of them would take gigabytes."""
 
@@ -122,7 +122,8 @@ class _Gigatoken:
             self._num_bytes += num_bytes
             if self._num_bytes > _LOOK_BYTES:
                 self._num_bytes = 0
-                _return_freed_memory()
+                if self._threads:  # else it may be training that encodes, and wants what it freed again
+                    _return_freed_memory()
                 if self._process.memory_info().rss - self._began_bytes > self._max_growth_bytes:
                     self._idle = []  # the old go before the new come; calls under way keep theirs
                     self._idle = [self._new()]
