@@ -19,7 +19,7 @@ _BATCH_BYTES = 4 << 20
 _SMALL_BATCH = 16 << 10
 """Characters that one thread encodes sooner than several."""
 _MAX_TEXT_BYTES = 96 << 20
-"""Text that one core encodes with one instance of gigatoken, whose caches take about 30 MB by then and would double."""
+"""Text that one core encodes with one instance of gigatoken, whose caches take about 25 MB by then and would double."""
 _MAX_GROWTH_BYTES = 64 << 20
 """By how much the process may grow for each core that encodes, before fresh instances take over sooner: text of words
 that never come again fills the caches at once."""
