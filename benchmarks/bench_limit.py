@@ -2,12 +2,14 @@
 
     python benchmarks/bench_limit.py [--objective causal|masked] [--repeats 3] [--tiny]
 
-The products are written down while one step of the plain model runs: every multiplication in the step's precision with
-its shapes and strides, forward and both backward ones, the head's at targets included, in the step's order. Then they
-are run alone, one after the other, on operands that exist already and into results that exist already. A second time
-each runs with operands laid out in the way that is fastest for it. Attention's products (causal: over four blocks of
-queries, as the compiled step has them) are timed apart. Limit and step are processes of their own, A B A B. The share
-is seconds of all products / seconds of a step of `lmssl train`. Results are appended to benchmarks/results/limit.jsonl.
+The products are written down while one compiled step runs (with --tiny a plain one): every multiplication in the step's
+precision with its shapes and strides, forward and both backward ones, the head's at targets included, in the step's
+order. Then they are run alone, one after the other, on operands that exist already and into results that exist already.
+A second time each runs with operands laid out in the way that is fastest for it. Attention's products are apart: where
+our kernel makes them, those of the tiles that it visits for the batch's documents, at the rate of the other products;
+elsewhere they are timed (causal: over four blocks of queries, as the compiled step has them). Limit and step are
+processes of their own, A B A B. The share is seconds of all products / seconds of a step of `lmssl train`. Results are
+appended to benchmarks/results/limit.jsonl.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,17 @@ from record import inner, place, without_compiling, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmssl.model import native
 from lmssl.model.attention import loop_from_tokens
 from lmssl.model.products import _blocks
-from lmssl.objective.base import SumObjective
+from lmssl.objective.base import MicroBatch, SumObjective
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
 from lmssl.train.lock import RunLock
 from lmssl.train.opening import open_session
+
+TILE = 128
+"""Of queries and of keys, as `lmssl/model/cpp/tiles.h` has them."""
 
 Operand = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
@@ -50,7 +56,9 @@ class Products(TorchDispatchMode):
         self.dtype = dtype
         self.weights: list[Product] = []
         self.attention: list[tuple[int, ...]] = []
-        """Shapes of queries, one of each layer."""
+        """Shapes of queries, one of each layer; empty where it is our kernel that attends."""
+        self.segments: Tensor | None = None
+        """Of the last micro-batch."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = str(func)
@@ -68,16 +76,51 @@ def _operand(tensor: Tensor) -> Operand:
     return tuple(tensor.shape), tuple(tensor.stride())
 
 
-def first_step(recipe: Recipe) -> Products:
-    """What the plain model multiplies in the first step of a recipe."""
+@contextmanager
+def compiled_products(dtype: torch.dtype) -> Iterator[list[Product]]:
+    """Every product of a type that compiled code makes meanwhile."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    found: list[Product] = []
+
+    def noted(multiply: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            if args[first].dtype == dtype:
+                found.append((_operand(args[first]), _operand(args[first + 1])))
+            return multiply(*args, **kwargs)
+
+        return run
+
+    before = extern_kernels.mm, extern_kernels.addmm
+    extern_kernels.mm, extern_kernels.addmm = noted(torch.mm, 0), noted(torch.addmm, 1)
+    try:
+        yield found
+    finally:
+        extern_kernels.mm, extern_kernels.addmm = before
+
+
+def steps(recipe: Recipe) -> Products:
+    """What is multiplied in a step of a recipe: the second, where it is compiled, for the first compiles."""
     lock = RunLock(Path(recipe.out_path))
     session = open_session(recipe, lambda text: print(text, file=sys.stderr), lock=lock)
     objective = session.objective
     assert isinstance(objective, SumObjective)
-    with closing(session.batches()) as batches, Products(session.core.dtype) as products:
-        for micro in next(batches):
+    products, compiled = Products(session.core.dtype), session.compiled != "off"
+
+    def run(micros: list[MicroBatch]) -> None:
+        for micro in micros:
             sums = session.core(dict(micro.inputs))
             torch.stack([sums[term] for term in objective.weights]).sum().backward()
+            products.segments = micro.inputs["segments_BT"]
+
+    with closing(session.batches()) as batches:
+        if compiled:
+            run(next(batches))
+            with compiled_products(session.core.dtype) as products.weights:
+                run(next(batches))
+        else:
+            with products:
+                run(next(batches))
     session.saver.close()
     session.backend.close()
     lock.release()
@@ -114,6 +157,25 @@ def fastest(products: list[Product], times: int, dtype: torch.dtype) -> list[Pro
                 found.append((seconds(calls([(a, b)], dtype), times), (a, b)))
         chosen[left, right] = min(found)[1]
     return [chosen[left[0], right[0]] for left, right in products]
+
+
+def tiles(segments: Tensor, causal: bool) -> int:
+    """Tiles of queries x keys that the kernel visits for the documents of a batch, `TILE` squared each."""
+    length, count = segments.shape[1], 0
+    for row in segments:
+        same = row[:, None] == row[None, :]
+        seen = same & (torch.arange(length)[:, None] >= torch.arange(length)) if causal else same
+        for start in range(0, length, TILE):
+            keys = seen[start : start + TILE].any(0).nonzero()
+            count += int(keys.max()) // TILE - int(keys.min()) // TILE + 1
+    return count
+
+
+def attention_flops(recipe: Recipe, segments: Tensor, causal: bool) -> float:
+    """Two products of each tile forward and five backward, in all heads of all layers."""
+    model = recipe.model
+    layers, width = model.num_hidden_layers, model.hidden_size  # type: ignore[attr-defined]
+    return 7 * 2.0 * TILE * TILE * width * layers * tiles(segments, causal)
 
 
 def attention_calls(shapes: list[tuple[int, ...]], causal: bool, dtype: torch.dtype) -> list[Callable[[], Any]]:
@@ -153,18 +215,29 @@ def flops(products: list[Product]) -> float:
 def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step's products."""
     with tempfile.TemporaryDirectory() as scratch:
-        overrides = [f"out={scratch}/run", "train.compile=off", "data.workers=0"]
-        found = first_step(load_recipe(folder / "recipe-limit.yaml", overrides).recipe)
+        overrides = [f"out={scratch}/run", "data.workers=0", *(["train.compile=off"] if args.tiny else [])]
+        recipe = load_recipe(folder / "recipe-limit.yaml", overrides).recipe
+        found = steps(recipe)
     products, dtype = found.weights, found.dtype
     causal = args.objective == "causal"
-    return {
+    row = {
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds(calls(products, dtype), args.times),
         "fastest_seconds": seconds(calls(fastest(products, args.times, dtype), dtype), args.times),
-        "attention_seconds": seconds(attention_calls(found.attention, causal, dtype), args.times),
         "flops": flops(products),
         "num_products": len(products),
     }
+    if native.loaded() and dtype == torch.bfloat16:
+        assert found.segments is not None
+        rate = row["flops"] / row["seconds"]
+        return row | {"attention_seconds": attention_flops(recipe, found.segments, causal) / rate}
+    shapes = found.attention or [_queries(recipe, args)] * recipe.model.num_hidden_layers  # type: ignore[attr-defined]
+    return row | {"attention_seconds": seconds(attention_calls(shapes, causal, dtype), args.times)}
+
+
+def _queries(recipe: Recipe, args: argparse.Namespace) -> tuple[int, ...]:
+    heads, width = recipe.model.num_attention_heads, recipe.model.hidden_size  # type: ignore[attr-defined]
+    return args.rows, heads, args.length, width // heads
 
 
 def parse() -> argparse.Namespace:

@@ -174,7 +174,7 @@ def logits_of(
         weight = weight_VD.to(states_ND.dtype)
         return lambda states: (states @ weight.t()).float(), states_ND, weight_VD.shape[0]
     head = masked_head(model)
-    states_ND = head.transform(at_targets(encode(model, ids_BT, segments_BT, offsets_BT), places_BC))
+    states_ND = head.transform(encode(model, ids_BT, segments_BT, offsets_BT, places_BC=places_BC).flatten(0, 1))
     weight, bias = head.weight_VD.to(states_ND.dtype), head.bias_V
 
     def logits(states: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmssl.model import kernels, native
 from lmssl.model.products import products_attention
 from lmssl.model.varlen import can_attend, varlen_attention
 
@@ -56,7 +57,8 @@ def document_kwargs(
     if documents and starts_K is not None and torch.is_autocast_enabled(segments_BT.device.type):
         found = {"document_mask": None, "document_segments": segments_BT, "document_causal": causal}
         return {**found, "document_starts": starts_K, **cross}
-    if segments_BT.device.type == "cpu" and length >= loop_from_tokens():
+    in_kernel = torch.compiler.is_compiling() and native.under_bf16()
+    if segments_BT.device.type == "cpu" and (in_kernel or length >= loop_from_tokens()):
         return {"document_mask": None, "document_segments": segments_BT, "document_causal": causal, **cross}
     mask = _document_mask(segments_BT, causal)
     return {"document_mask": mask, "document_segments": None, "document_causal": causal, **cross}
@@ -125,6 +127,11 @@ def document_attention(
         qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
         if can_attend(qkv[0]):
             return varlen_attention(*qkv, document_starts, bool(document_causal), scale, window), None
+    by_documents = document_segments is not None or (document_mask is None and bool(document_causal))
+    if by_documents and position_bias is None and not dropout_p and kernels.takes_attention(query_BHTD):
+        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
+        out_BHTD, _lse = kernels.attention(*qkv, document_segments, bool(document_causal), scale, window)
+        return out_BHTD.transpose(1, 2), None
     key_BGTD, value_BGTD = (_for_heads(x_BGTD, query_BHTD.shape[1]) for x_BGTD in (key_BGTD, value_BGTD))
     on_cpu = query_BHTD.device.type == "cpu"
     if on_cpu and document_segments is not None and position_bias is None and not dropout_p:

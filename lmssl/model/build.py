@@ -29,6 +29,7 @@ from lmssl.model.attention import document_attention, document_kwargs
 from lmssl.model.electra import ElectraPair
 from lmssl.model.encoder import MASKED_KINDS, ROBERTA_KINDS, encode, masked_head
 from lmssl.model.head import IGNORE, loss_and_correct, output_weight, summed_cross_entropy
+from lmssl.model.last_layer import let_last_layer_choose
 from lmssl.recipe.family import ModelBase
 from lmssl.recipe.model import FAMILIES
 from lmssl.recipe.objective import MaskedObjective, ReplacedObjective
@@ -294,6 +295,8 @@ def build_model(
     for part in model.modules():  # transformers 5.17 forgets the stacks of T5
         if isinstance(part, PreTrainedModel):
             part.set_attn_implementation("document")
+    if objective in ("masked", "replaced"):
+        let_last_layer_choose(model.generator if isinstance(model, ElectraPair) else model)
     if str(config.model_type) not in FAMILIES and device != "meta":
         (check_masked_head if objective == "masked" else check_head)(model)
     return model

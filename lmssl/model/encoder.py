@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from lmssl.errors import ModelError
 from lmssl.model.attention import document_kwargs
+from lmssl.model.last_layer import chooses
+from lmssl.model.layers import at_places
 
 ROBERTA_KINDS = ("roberta", "xlm-roberta", "camembert")
 """Kinds that number positions from the pad id + 1 on."""
@@ -43,8 +45,9 @@ def encode(
     documents: bool = True,
     types_BT: Tensor | None = None,
     starts_K: Tensor | None = None,
+    places_BC: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states [B, T, D] of the body of a bidirectional model.
+    """Hidden states [B, T, D] of the body of a bidirectional model, or [B, C, D] at some places.
 
     Args:
         segments_BT: integers; equal numbers are one document, 0 is padding.
@@ -52,15 +55,18 @@ def encode(
         documents: tokens see their own document only; otherwise every token of the sequence that is not padding.
         types_BT: which sentence of a pair each token is of; None: the first.
         starts_K: as in `document_kwargs`.
+        places_BC: int64, where hidden states are wanted, which may spare work on others; None: everywhere.
     """
     if model.config.model_type in ROBERTA_KINDS:
         offsets_BT = offsets_BT + (model.config.pad_token_id + 1)
     kwargs = document_kwargs(segments_BT, causal=False, documents=documents, starts_K=starts_K)
     if types_BT is not None:
         kwargs["token_type_ids"] = types_BT
+    if places_BC is not None and chooses(model):
+        kwargs["document_places"] = places_BC
     body = model.base_model(input_ids=ids_BT, position_ids=offsets_BT, attention_mask=None, **kwargs)
-    hidden_BTD: Tensor = body.last_hidden_state
-    return hidden_BTD
+    hidden: Tensor = body.last_hidden_state
+    return hidden if places_BC is None or "document_places" in kwargs else at_places(hidden, places_BC)
 
 
 def masked_head(model: PreTrainedModel) -> MaskedHead:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmssl.errors import ModelError
+from lmssl.model import kernels
 
 IGNORE = -100
 """Target of a position that predicts nothing, as in torch and transformers."""
@@ -114,14 +115,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
             grad_hidden.append((grad_logits_NV @ weight) * kept_N1)
             grad_weight_VD = _add_product(grad_weight_VD, hidden_ND[part] * kept_N1, grad_logits_NV, alone)
         assert grad_weight_VD is not None, "no targets' places"
+        ctx.is_product = _is_product(grad_weight_VD, weight_VD)
         del weight
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD.contiguous().to(weight_VD.dtype))
+        ctx.save_for_backward(torch.cat(grad_hidden), _kept(grad_weight_VD, weight_VD))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        return _scaled(grad_hidden_ND, grads[0]), _scaled(grad_weight_VD, grads[0]), None, None
+        grad_hidden_ND, grad_weight = ctx.saved_tensors
+        grad_weight_VD = _scaled_weight(grad_weight, ctx.is_product, grad_hidden_ND.shape[1], grads[0])
+        return _scaled(grad_hidden_ND, grads[0]), grad_weight_VD, None, None
 
 
 _FURTHER_COLUMNS = 7
@@ -153,28 +156,43 @@ class _LossAndCorrect(torch.autograd.Function):
             seen_ND = torch.cat([hidden_ND[part] * kept_N1, kept_N1, kept_N1.new_zeros(len(kept_N1), more)], dim=1)
             grad_VD = _add_product(grad_VD, seen_ND, grad_logits_NV, alone)
         assert grad_VD is not None, "no targets' places"
-        grad_weight_VD = grad_VD[:, :width].contiguous().to(weight_VD.dtype)
         grad_bias_V = None if bias_V is None else grad_VD[:, width].to(bias_V.dtype)
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight_VD, grad_bias_V)
+        ctx.is_product = _is_product(grad_VD, weight_VD)
+        ctx.save_for_backward(torch.cat(grad_hidden), _kept(grad_VD, weight_VD), grad_bias_V)
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
+        grad_hidden_ND, grad_weight, grad_bias_V = ctx.saved_tensors
         grad_bias_V = None if grad_bias_V is None else grad_bias_V * grads[0]
-        grad_hidden_ND, grad_weight_VD = (_scaled(x, grads[0]) for x in (grad_hidden_ND, grad_weight_VD))
-        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None
+        grad_weight_VD = _scaled_weight(grad_weight, ctx.is_product, grad_hidden_ND.shape[1], grads[0])
+        return _scaled(grad_hidden_ND, grads[0]), grad_weight_VD, grad_bias_V, None, None
 
 
 def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alone: bool) -> Tensor:
     """`total_VD += right_NV.T @ left_ND`, summed in float32 and in place, or the product if it is the only one."""
     if alone and not _on_gpu(left_ND):
-        return _product(_turned(left_ND), right_NV).float().t()
+        product_DV = _product(_turned(left_ND), right_NV)
+        in_kernel = torch.compiler.is_compiling() and kernels.takes_head(product_DV)
+        return product_DV.t() if in_kernel else product_DV.float().t()
     if total_VD is None:
         total_VD = _empty_sum(left_ND, right_NV)
     _plus_product(total_VD, left_ND, right_NV)
     return total_VD
+
+
+def _is_product(grad_VD: Tensor, weight_VD: Tensor) -> bool:
+    """Whether a gradient is one product still, [D or more, V], which a kernel turns and makes float32 as it scales."""
+    fits = weight_VD.dtype == torch.float32 and not any(size % 16 for size in weight_VD.shape)
+    return torch.compiler.is_compiling() and kernels.takes_head(grad_VD) and fits
+
+
+def _kept(grad_VD: Tensor, weight_VD: Tensor) -> Tensor:
+    """What the backward pass makes the weight's gradient of."""
+    if _is_product(grad_VD, weight_VD):
+        return grad_VD.t()
+    return grad_VD[:, : weight_VD.shape[1]].contiguous().to(weight_VD.dtype)
 
 
 @torch.library.custom_op("lmssl::turned", mutates_args=())
@@ -272,6 +290,10 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient.mul_(wide if gradient.is_cuda else factor)
 
 
+def _scaled_weight(kept: Tensor, is_product: bool, width: int, factor: Tensor) -> Tensor:
+    return kernels.scaled_gradient(kept, factor, width) if is_product else _scaled(kept, factor)
+
+
 def _loss_of_chunk(
     product_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,7 +305,10 @@ def _loss_of_chunk(
         found: tuple[Tensor, Tensor, Tensor] = _fused()(product_NV, bias_V, targets_N, count)
         return found
     if torch.compiler.is_compiling():
-        return _of_product(product_NV, bias_V, targets_N, count)
+        if not kernels.takes_head(product_NV):
+            return _of_product(product_NV, bias_V, targets_N, count)
+        losses_N, correct_N = kernels.head_gradient(product_NV, bias_V, targets_N)
+        return losses_N.sum(), correct_N.sum() if count else losses_N.new_zeros(()), product_NV
     total, correct = (product_NV.new_zeros((), dtype=torch.float32) for _ in range(2))
     rows = max(1, _TILE_ELEMENTS // product_NV.shape[1])
     for start in range(0, len(product_NV), rows):

@@ -1,4 +1,4 @@
-"""The stacks of layers of a stock model, and forgetting what is inside a layer until its gradient is taken."""
+"""The stacks of layers of a stock model, hidden states at places, and forgetting what is inside a layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -17,6 +17,11 @@ def layer_stacks(module: nn.Module) -> list[nn.ModuleList]:
     outer = [part for name, part in named.items() if not any(name.startswith(f"{above}.") for above in named)]
     longest = max(map(len, outer))
     return [stack for stack in outer if len(stack) == longest]
+
+
+def at_places(hidden_BTD: Tensor, places_BC: Tensor) -> Tensor:
+    """Hidden states [B, C, D] at C places of each sequence of T tokens."""
+    return hidden_BTD.gather(1, places_BC[:, :, None].expand(-1, -1, hidden_BTD.shape[-1]))
 
 
 def recompute_layers(module: nn.Module, every: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.head import IGNORE, chunk_size, loss_and_correct
+from lmssl.model.layers import at_places
 from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
 from lmssl.objective.masking import Masking
 
@@ -64,25 +65,23 @@ class MaskedObjective(SumObjective):
         """Summed cross-entropy at the targets, and how many of them the model ranks first."""
         from lmssl.model.encoder import encode  # here, for loader workers must not pay for importing transformers
 
-        hidden_BTD = encode(
+        hidden_BCD = encode(
             model,
             inputs["ids_BT"],
             inputs["segments_BT"],
             inputs["offsets_BT"],
             documents=self.document_attention,
             starts_K=inputs.get("document_starts"),
+            places_BC=inputs["places_BC"],
         )
-        loss, correct = masked_loss(model, hidden_BTD, inputs["places_BC"], inputs["targets_BC"])
+        loss, correct = masked_loss(model, hidden_BCD.flatten(0, 1), inputs["targets_BC"].flatten())
         return {"masked": loss, "accuracy": correct}
 
 
-def masked_loss(
-    model: PreTrainedModel, hidden_BTD: Tensor, places_BC: Tensor, targets_BC: Tensor
-) -> tuple[Tensor, Tensor]:
+def masked_loss(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss in nats at the targets, and how many of them the model ranks first: float32 scalars."""
     from lmssl.model.encoder import masked_head
 
-    hidden_ND, targets_N = at_targets(hidden_BTD, places_BC), targets_BC.reshape(-1)
     head = masked_head(model)
     chunk = chunk_size(targets_N.shape[0], head.weight_VD.shape[0], device=targets_N.device.type)
     return loss_and_correct(head.transform(hidden_ND), head.weight_VD, head.bias_V, targets_N, chunk_targets=chunk)
@@ -90,8 +89,7 @@ def masked_loss(
 
 def at_targets(hidden_BTD: Tensor, places_BC: Tensor) -> Tensor:
     """Hidden states at the places of the targets, shape [N, D]."""
-    width = hidden_BTD.shape[-1]
-    return hidden_BTD.gather(1, places_BC[:, :, None].expand(-1, -1, width)).reshape(-1, width)
+    return at_places(hidden_BTD, places_BC).flatten(0, 1)
 
 
 def masked_bytes(

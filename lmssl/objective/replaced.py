@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.head import IGNORE, chunk_size, loss_and_correct
 from lmssl.objective.base import MicroBatch, SumObjective, as_tensors
-from lmssl.objective.masked import at_targets, masked_bytes, stream_offsets
+from lmssl.objective.masked import masked_bytes, stream_offsets
 from lmssl.objective.masking import Draws, Masked, Masking
 
 if TYPE_CHECKING:
@@ -111,16 +111,17 @@ class ReplacedObjective(SumObjective):
         from lmssl.model.encoder import encode, masked_head
 
         places_BC = inputs["places_BC"]
-        hidden_BTD = encode(
+        hidden_BCD = encode(
             generator,
             inputs["ids_BT"],
             inputs["segments_BT"],
             inputs["offsets_BT"],
             documents=self.document_attention,
             starts_K=inputs.get("document_starts"),
+            places_BC=places_BC,
         )
         head = masked_head(generator)
-        hidden_ND, targets_N = head.transform(at_targets(hidden_BTD, places_BC)), inputs["targets_BC"].reshape(-1)
+        hidden_ND, targets_N = head.transform(hidden_BCD.flatten(0, 1)), inputs["targets_BC"].flatten()
         chunk = chunk_size(targets_N.shape[0], head.weight_VD.shape[0], device=targets_N.device.type)
         loss, correct = loss_and_correct(hidden_ND, head.weight_VD, head.bias_V, targets_N, chunk_targets=chunk)
         keys_N2 = inputs["keys_BC2"].reshape(-1, 2)

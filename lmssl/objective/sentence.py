@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lmssl.data.batch import SequenceBatch
 from lmssl.model.head import IGNORE
 from lmssl.objective.base import MicroBatch, as_tensors
-from lmssl.objective.masked import MaskedObjective, at_targets, masked_loss
+from lmssl.objective.masked import MaskedObjective, masked_loss
 from lmssl.objective.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -57,16 +58,19 @@ class SentenceObjective(MaskedObjective):
         """Summed cross-entropies at hidden tokens and at pairs, then how many of each are right, and pairs."""
         from lmssl.model.encoder import encode, sentence_logits
 
-        hidden_BTD = encode(
+        places_BC = inputs["places_BC"]
+        hidden_BND = encode(
             model,
             inputs["ids_BT"],
             inputs["segments_BT"],
             inputs["offsets_BT"],
             types_BT=inputs["types_BT"],
             starts_K=inputs.get("document_starts"),
+            places_BC=torch.cat([places_BC, inputs["heads_BP"]], dim=1),
         )
-        loss, correct = masked_loss(model, hidden_BTD, inputs["places_BC"], inputs["targets_BC"])
-        logits_N2 = sentence_logits(model, at_targets(hidden_BTD, inputs["heads_BP"]))
+        hidden_BCD, hidden_BPD = hidden_BND.tensor_split([places_BC.shape[1]], dim=1)
+        loss, correct = masked_loss(model, hidden_BCD.flatten(0, 1), inputs["targets_BC"].flatten())
+        logits_N2 = sentence_logits(model, hidden_BPD.flatten(0, 1))
         targets_N = inputs["follows_BP"].reshape(-1)
         return {
             "masked": loss,

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHand
 from torch import nn
 
 from lmssl.errors import TrainingError
+from lmssl.model import native
+from lmssl.model.fused import fuse_layers
 from lmssl.model.layers import layer_stacks
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
@@ -210,6 +212,15 @@ def can_compile() -> bool:
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     return compiler is not None and headers.exists()
+
+
+def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
+    """Let compiled steps on CPU use our own kernels; where they cannot be built, say so and go on with torch's."""
+    try:
+        if native.load():
+            fuse_layers(module)
+    except native.BuildError as error:
+        report(f"kernels for this processor cannot be built, torch's are used, which are slower: {error}")
 
 
 def compile_module(module: nn.Module, mode: CompileMode) -> None:

@@ -48,6 +48,7 @@ from lmssl.train.launch import (
     compile_module,
     keep_memory,
     launched_rank,
+    load_kernels,
     open_accelerator,
     set_determinism,
     with_precision,
@@ -109,6 +110,8 @@ def open_session(
     compiled = choose_compile(
         recipe, accelerator.device, num_parameters=num_parameters, tokens_left=left, modes=kind.compile_modes
     )
+    if compiled != "off" and accelerator.device.type == "cpu":
+        load_kernels(core, report)
     compile_module(core, compiled)
     backend = _open_backend(kind, core, accelerator, recipe, found)
     if precision == "fp16":

@@ -1,0 +1,137 @@
+"""Pieces of stock layers for compiled CPU steps: the same functions in fewer passes over memory.
+
+Biases are added after products, where the compiler fuses them with what follows; torch would copy them over the output
+first. Activations of feed-forward layers and gradients of embeddings run in kernels of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation, SiLUActivation
+
+from lmssl.model.kernels import embedding_gradient, gelu, joined_attention, swiglu
+from lmssl.model.native import under_bf16
+
+
+def fuse_layers(module: nn.Module) -> None:
+    """Wrap forwards in place; without a compiler at work they stay as they are, and so do names of weights."""
+    for part in module.modules():
+        if type(part) is nn.Linear and part.bias is not None:
+            _when_compiled(part, _bias_after)
+        elif type(part) is nn.Embedding and part.max_norm is None and not (part.sparse or part.scale_grad_by_freq):
+            _when_compiled(part, _looked_up)
+        elif type(part).__name__ in _ATTENTIONS:
+            _attend_joined(part, _ATTENTIONS[type(part).__name__])
+        elif hasattr(part, "intermediate_act_fn") and type(part.intermediate_act_fn) is GELUActivation:
+            _when_compiled(part, _intermediate)
+        elif type(part).__name__ in _GATED and isinstance(part.act_fn, nn.SiLU | SiLUActivation):
+            _when_compiled(part, _gated)
+
+
+_GATED = ("LlamaMLP", "Qwen3MLP", "EuroBertMLP")
+"""Classes whose forward is `down(act(gate(x)) * up(x))`."""
+
+
+_ROTARY, _BERT = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
+_ATTENTIONS = {
+    **dict.fromkeys(("LlamaAttention", "EuroBertAttention"), _ROTARY),
+    **dict.fromkeys(
+        (f"{kind}SelfAttention" for kind in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")), _BERT
+    ),
+}
+"""Classes of attention without anything between their products, rotary positions and scores."""
+
+
+def _when_compiled(part: Any, fused: Callable[[Any, Tensor], Tensor]) -> None:
+    """A method, so that a copy of the part has it with its own weights."""
+    forward = type(part).forward
+
+    @wraps(forward)
+    def run(part: Any, hidden: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and under_bf16():
+            return fused(part, hidden)
+        found: Tensor = forward(part, hidden)
+        return found
+
+    part.forward = MethodType(run, part)
+
+
+def _bias_after(linear: nn.Linear, hidden: Tensor) -> Tensor:
+    product = F.linear(hidden, linear.weight)
+    return product + linear.bias.to(product.dtype)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, ids: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.vocabulary, ctx.padding = weight_VD.shape[0], padding
+        return F.embedding(ids, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        return embedding_gradient(grads[0].flatten(0, -2), ids.flatten(), ctx.vocabulary, ctx.padding), None, None
+
+
+def _looked_up(part: nn.Embedding, ids: Tensor) -> Tensor:
+    padding = -1 if part.padding_idx is None else part.padding_idx
+    found: Tensor = _LookUp.apply(part.weight, ids, padding)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _attend_joined(part: Any, names: tuple[str, str, str]) -> None:
+    """Let attention make queries, keys and values as one product, which the kernel rotates as it reads it."""
+    forward = type(part).forward
+
+    @wraps(forward)
+    def run(part: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.compiler.is_compiling() and under_bf16() and _fits(part, args, kwargs)):
+            return forward(part, hidden_states, *args, **kwargs)
+        linears = [getattr(part, name) for name in names]
+        product = F.linear(hidden_states, torch.cat([linear.weight for linear in linears]))
+        if linears[0].bias is not None:
+            product = product + torch.cat([linear.bias for linear in linears]).to(product.dtype)
+        cos, sin = kwargs.get("position_embeddings") or (None, None)
+        width, causal = _head_width(part), bool(kwargs["document_causal"])
+        heads = linears[0].out_features // width
+        context, _lse = joined_attention(
+            product, heads, width, cos, sin, kwargs["document_segments"], causal, part.scaling
+        )
+        return part.o_proj(context) if names == _ROTARY else context, None
+
+    part.forward = MethodType(run, part)
+
+
+def _head_width(part: Any) -> int:
+    width: int = part.head_dim if hasattr(part, "head_dim") else part.attention_head_size
+    return width
+
+
+def _fits(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one of training that the kernel knows: by documents, or causal over whole sequences."""
+    dropout = part.dropout.p if hasattr(part, "dropout") else part.attention_dropout
+    by_documents = kwargs.get("document_segments") is not None or (
+        kwargs.get("document_mask") is None and bool(kwargs.get("document_causal"))
+    )
+    ours = part.config._attn_implementation == "document"
+    plain = ours and kwargs.get("past_key_values") is None and kwargs.get("attention_mask") is None and not args
+    return by_documents and plain and not (dropout and part.training) and _head_width(part) % 32 == 0
+
+
+def _intermediate(part: Any, hidden: Tensor) -> Tensor:
+    """Of BERT's family."""
+    found: Tensor = gelu(F.linear(hidden, part.dense.weight), part.dense.bias)
+    return found
+
+
+def _gated(part: Any, hidden: Tensor) -> Tensor:
+    found: Tensor = part.down_proj(swiglu(part.gate_proj(hidden), part.up_proj(hidden)))
+    return found

@@ -1,0 +1,120 @@
+"""The C++ kernels of `cpp/`, for CPUs that multiply bfloat16: built once on the machine, then loaded.
+
+`kernels.py` makes operators of them. They are used in compiled steps under bf16 autocast; anywhere else, and where
+there is no compiler, torch's and the compiler's own remain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SOURCES = Path(__file__).parent / "cpp"
+_FLAGS = (
+    *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx512bf16", "-mfma", "-mf16c"),
+)
+_loaded: ctypes.CDLL | None = None
+
+
+class BuildError(Exception):
+    """What the C++ compiler said."""
+
+
+def processor_can() -> bool:
+    """Whether this processor has the instructions that the kernels are written with, and Linux runs on it."""
+    return sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported()
+
+
+def load() -> bool:
+    """Build the kernels if this version of them is not there yet, and use them from now on; False: not this processor.
+
+    Raises:
+        BuildError: the compiler fails, or there is none.
+    """
+    global _loaded
+    if _loaded is None and processor_can():
+        _loaded = _library()
+    return _loaded is not None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    compiler = os.environ.get("CXX", "g++")
+    sources = sorted(_SOURCES.iterdir())
+    told = hashlib.sha256(f"{torch.__version__} {compiler} {_FLAGS}".encode())
+    for source in sources:
+        told.update(source.read_bytes())
+    library = _cache_folder() / f"kernels-{told.hexdigest()[:16]}.so"
+    if not library.exists():
+        _build(compiler, [source for source in sources if source.suffix == ".cpp"], library)
+    return ctypes.CDLL(str(library))
+
+
+def _cache_folder() -> Path:
+    """Where what was built is kept for the next run; a folder of this process alone where home cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmssl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="lmssl-"))
+
+
+def _build(compiler: str, sources: list[Path], library: Path) -> None:
+    if shutil.which(compiler) is None:
+        raise BuildError(f"there is no {compiler}")
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        command = [compiler, *_FLAGS, f"-I{torch_folder / 'include'}", *map(str, sources), "-o", str(made)]
+        command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise BuildError((ended.stderr.strip() or f"exit status {ended.returncode}").splitlines()[-1])
+        os.replace(made, library)  # several processes may build at once, each a whole file
+
+
+def loaded() -> bool:
+    """Whether they are there."""
+    return _loaded is not None
+
+
+def under_bf16() -> bool:
+    """Whether kernels are loaded and products on CPU are made in bfloat16."""
+    return (
+        _loaded is not None and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+
+
+def kernel(name: str) -> Any:
+    """A function of the library; its last argument is the number of threads."""
+    assert _loaded is not None, "the kernels were loaded when this graph was made"
+    return getattr(_loaded, name)
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where its numbers are; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    """An array of C."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def threads() -> ctypes.c_int32:
+    """How many torch works with."""
+    return ctypes.c_int32(torch.get_num_threads())

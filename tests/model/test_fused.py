@@ -1,0 +1,161 @@
+"""Stock layers with pieces that compiled steps compute otherwise: the same losses and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kinds import tiny
+from lmssl.model import native
+from lmssl.model.attention import document_kwargs
+from lmssl.model.build import build_model
+from lmssl.model.encoder import encode
+from lmssl.model.fused import fuse_layers
+from lmssl.model.layers import recompute_layers
+
+needs_kernels = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
+
+IDS = torch.arange(20, 52)[None].repeat(2, 1)
+SEGMENTS = (torch.arange(32)[None] // 11 + 1).repeat(2, 1).int()
+OFFSETS = (torch.arange(32)[None] % 11).repeat(2, 1)
+
+WIDE = {"hidden_size": 64, "num_attention_heads": 2}
+"""Heads of 32, which the kernels take."""
+KINDS = {
+    "bert": WIDE,
+    "roberta": WIDE,
+    "xlm-roberta": WIDE,
+    "camembert": WIDE,
+    "electra": WIDE,
+    "eurobert": WIDE | {"num_key_value_heads": 1, "head_dim": 32},
+    "distilbert": {"dim": 64, "n_heads": 2},
+    "modernbert": WIDE,
+    "llama": WIDE | {"num_key_value_heads": 1, "head_dim": 32},
+    "qwen3": WIDE | {"num_key_value_heads": 1, "head_dim": 32},
+}
+
+
+CAUSAL = ("llama", "qwen3")
+
+
+def made(kind: str) -> PreTrainedModel:
+    return tiny(kind, objective="causal" if kind in CAUSAL else "masked", **KINDS[kind])
+
+
+def hidden(model: PreTrainedModel, ids: Tensor, *, rounded: bool = True) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+        if model.config.model_type in CAUSAL:
+            kwargs = document_kwargs(SEGMENTS, causal=True, documents=True)
+            body = model.base_model(input_ids=ids, position_ids=OFFSETS, use_cache=False, **kwargs)
+            found: Tensor = body.last_hidden_state
+            return found
+        return encode(model, ids, SEGMENTS, OFFSETS)
+
+
+def gradients(model: PreTrainedModel, run: Callable[..., Tensor], *, rounded: bool = True) -> dict[str, Tensor]:
+    out, weights = run(model, IDS, rounded=rounded), dict(model.named_parameters())
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad((out.float() * probe).sum(), list(weights.values()), allow_unused=True)
+    return {"out": out.float()} | {n: g for n, g in zip(weights, found, strict=True) if g is not None}
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "recomputed"), [*((kind, False) for kind in KINDS), ("bert", True), ("llama", True)])
+def test_compiled_pieces_compute_what_the_stock_ones_do(kind: str, recomputed: bool) -> None:
+    assert native.load()
+    model = made(kind)
+    if recomputed:
+        recompute_layers(model, 1)
+        model.train()
+    exact, plain = gradients(model, hidden, rounded=False), gradients(model, hidden)
+    fuse_layers(model)
+    again = gradients(model, hidden)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)  # nothing compiles: nothing changes
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    fused = gradients(model, torch.compile(hidden, backend=backend, dynamic=False))
+    assert any("attention" in name for name in seen)
+    whole = float(torch.stack([g.norm() for name, g in exact.items() if name != "out"]).norm())
+    for name, wanted in exact.items():
+        ours, theirs = (float((found[name] - wanted).detach().norm()) for found in (fused, plain))
+        assert ours < 1.2 * theirs + 1e-3 * whole, name  # as near to exact as what autocast rounds anyway
+
+
+@needs_kernels
+def test_a_copy_has_weights_of_its_own() -> None:
+    assert native.load()
+    model = made("bert")
+    fuse_layers(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(hidden, backend="eager", dynamic=False)(copied, IDS)
+    torch.testing.assert_close(found, hidden(made("bert"), IDS), rtol=0.05, atol=0.05)
+
+
+@needs_kernels
+def test_which_pieces_are_ours() -> None:
+    assert native.load()
+    for kind, expected in (
+        ("bert", {"joined_attention", "gelu"}),
+        ("llama", {"joined_attention", "swiglu"}),
+        ("qwen3", {"native_attention", "swiglu"}),
+        ("modernbert", {"native_attention"}),
+    ):
+        model, seen = made(kind), set[str]()
+        fuse_layers(model)
+
+        def backend(graph: torch.fx.GraphModule, _: object, seen: set[str] = seen) -> object:
+            seen.update(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(hidden, backend=backend, dynamic=False)(model, IDS)
+        for name in ("joined_attention", "native_attention", "gelu", "swiglu"):
+            assert any(f"lmssl.{name}" in target for target in seen) == (name in expected), (kind, name, seen)
+
+
+def test_names_of_weights_stay() -> None:
+    model = tiny("bert")
+    before = list(model.state_dict())
+    fuse_layers(model)
+    assert list(model.state_dict()) == before
+
+
+def test_dropout_stays_with_torch() -> None:
+    if not native.load():
+        pytest.skip("the processor lacks instructions for bfloat16")
+    model = tiny("bert", **WIDE, attention_probs_dropout_prob=0.2).train()
+    fuse_layers(model)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(hidden, backend=backend, dynamic=False)(model, IDS)
+    assert not any("joined_attention" in name or "native_attention" in name for name in seen)
+
+
+def test_without_a_compiler_nothing_changes() -> None:
+    config = made("llama").config
+    stock, fused = build_model(config, seed=1), build_model(config, seed=1)
+    fuse_layers(fused)
+    with torch.no_grad():
+        a, b = (model(input_ids=IDS, use_cache=False).logits for model in (stock, fused))
+    assert torch.equal(a, b)

@@ -1,0 +1,273 @@
+"""The C++ kernels against plain float32 formulas; where a processor cannot run them, nothing here is tested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lmssl.model import head, kernels, native
+from lmssl.model.attention import document_attention, document_kwargs
+
+pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    assert native.load()
+
+
+def documents(rows: int, length: int, mean: int) -> Tensor:
+    """Segments [rows, length] of documents of random lengths, the last one padding."""
+    found = torch.zeros(rows, length, dtype=torch.int32)
+    for row in found:
+        start, number = 0, 1
+        while start < length - length // 8:
+            size = int(torch.randint(1, 2 * mean, (1,)))
+            row[start : start + size] = number
+            start, number = start + size, number + 1
+    return found
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, causal: bool, scale: float, window: int) -> Tensor:
+    """Attention by the definition, in float32."""
+    length, index = q.shape[2], torch.arange(q.shape[2])
+    seen = torch.ones(1, length, length, dtype=torch.bool)
+    if segments is not None:
+        seen = segments[:, :, None] == segments[:, None, :]
+    if causal:
+        seen = seen & (index[:, None] >= index[None])
+    if window:
+        seen = seen & ((index[:, None] - index[None]).abs() < window)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~seen[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted).detach().norm() / wanted.detach().norm())
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "groups", "length", "width", "causal", "window", "mean"),
+    [
+        (2, 3, 3, 200, 64, True, 0, 50),
+        (2, 4, 2, 129, 32, False, 0, 30),
+        (1, 2, 2, 128, 64, True, 0, 1000),
+        (2, 2, 1, 333, 96, True, 40, 200),
+        (2, 2, 2, 333, 128, False, 40, 200),
+        (1, 2, 2, 17, 64, True, 0, 5),
+        (3, 2, 2, 512, 64, False, 0, 2),
+        (1, 1, 1, 1, 32, True, 0, 1),
+    ],
+)
+@pytest.mark.parametrize("inside_tokens", [True, False])
+def test_attention_and_its_gradients(
+    rows: int,
+    heads: int,
+    groups: int,
+    length: int,
+    width: int,
+    causal: bool,
+    window: int,
+    mean: int,
+    inside_tokens: bool,
+) -> None:
+    torch.manual_seed(0)
+
+    def made(count: int) -> Tensor:
+        x = torch.randn(rows, length, count, width).bfloat16().transpose(1, 2)
+        return (x if inside_tokens else x.contiguous()).requires_grad_()
+
+    q, k, v, grad = made(heads), made(groups), made(groups), made(heads).detach()
+    segments, scale = documents(rows, length, mean), width**-0.5
+    out, lse = kernels.attention(q, k, v, segments, causal, scale, window)
+    found = torch.autograd.grad(out, (q, k, v), grad)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    wanted = plain(*exact, segments, causal, scale, window)
+    gradients = torch.autograd.grad(wanted, exact, grad.float())
+    assert lse.shape == (rows, heads, length) and torch.isfinite(lse).all()
+    assert relative(out, wanted) < 0.004
+    for a, b in zip(found, gradients, strict=True):
+        assert a.shape == b.shape
+        assert relative(a, b) < 0.006 or float(b.norm()) < 1e-6  # one key: scores have no gradient
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(3, 3, 64), (4, 2, 32)])
+@pytest.mark.parametrize("rotations", [0, 1, 2])
+def test_joined_attention_rotates_and_has_one_gradient(heads: int, groups: int, width: int, rotations: int) -> None:
+    torch.manual_seed(4)
+    length, size = 150, (heads + 2 * groups) * width
+    product = torch.randn(2, length, size).bfloat16().requires_grad_()
+    grad, segments = torch.randn(2, length, heads * width).bfloat16(), documents(2, length, 40)
+    angles = torch.rand(max(rotations, 1), length, width // 2) * 7
+    cos, sin = (torch.cat([turn(angles)] * 2, dim=-1) for turn in (torch.cos, torch.sin))
+    rotation = (cos, sin) if rotations else (None, None)
+    out, lse = kernels.joined_attention(product, heads, width, *rotation, segments, True, 0.2)
+    (found,) = torch.autograd.grad(out, product, grad)
+    exact = product.detach().float().requires_grad_()
+    every = exact.view(2, length, -1, width).transpose(1, 2)
+    q, k, v = every.tensor_split([heads, heads + groups], dim=1)
+    if rotations:
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    wanted = plain(q, k, v, segments, True, 0.2, 0).transpose(1, 2).flatten(2)
+    assert lse.shape == (2, heads, length)
+    assert relative(out, wanted) < 0.005
+    assert relative(found, torch.autograd.grad(wanted, exact, grad.float())[0]) < 0.006
+
+
+def test_an_embeddings_gradient_is_summed_by_rows() -> None:
+    grad, ids = torch.randn(60, 32), torch.randint(0, 20, (60,))
+    for padding in (-1, 3):
+        table = torch.zeros(20, 32, requires_grad=True)
+        wanted = F.embedding(ids, table, padding_idx=None if padding < 0 else padding)
+        (exact,) = torch.autograd.grad(wanted, table, grad)
+        torch.testing.assert_close(kernels.embedding_gradient(grad, ids, 20, padding), exact)
+
+
+def test_a_sequence_without_segments_is_one_document() -> None:
+    q, k, v = (torch.randn(2, 2, 150, 64).bfloat16() for _ in range(3))
+    whole = kernels.attention(q, k, v, None, True, 0.1, 0)[0]
+    assert torch.equal(whole, kernels.attention(q, k, v, torch.ones(2, 150), True, 0.1, 0)[0])
+    assert relative(whole, plain(q.float(), k.float(), v.float(), None, True, 0.1, 0)) < 0.004
+
+
+def test_a_changed_document_moves_no_other() -> None:
+    q, k, v = (torch.randn(1, 2, 300, 64).bfloat16() for _ in range(3))
+    segments = torch.arange(300)[None] // 70
+    inside = (segments == 2)[0]
+    before, _ = kernels.attention(q, k, v, segments, False, 0.1, 0)
+    k[:, :, inside] += 1
+    v[:, :, inside] += 1
+    after, _ = kernels.attention(q, k, v, segments, False, 0.1, 0)
+    assert torch.equal(before[:, :, ~inside], after[:, :, ~inside])
+    assert not torch.equal(before[:, :, inside], after[:, :, inside])
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    q, k, v = (torch.randn(2, 4, 200, 64).bfloat16().requires_grad_() for _ in range(3))
+    segments, before, found = documents(2, 200, 60), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out, _ = kernels.attention(q, k, v, segments, True, 0.1, 0)
+        found.append((out, *torch.autograd.grad(out.float().sum(), (q, k, v))))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_what_is_no_number_stays_none() -> None:
+    q, k, v = (torch.randn(1, 1, 64, 32).bfloat16() for _ in range(3))
+    k[0, 0, 3, 5] = torch.nan
+    out, _ = kernels.attention(q, k, v, torch.ones(1, 64), False, 0.1, 0)
+    assert out.isnan().all()
+    logits = torch.randn(2, 64).bfloat16()
+    logits[0, 7] = torch.nan
+    losses, correct = kernels.head_gradient(logits, None, torch.tensor([1, 2]))
+    assert losses[0].isnan() and losses[1].isfinite() and correct[0] == 0
+
+
+@pytest.mark.parametrize("vocabulary", [16, 1003, 30_528])
+@pytest.mark.parametrize("bias", [True, False])
+def test_losses_of_the_head_and_their_gradient(vocabulary: int, bias: bool) -> None:
+    torch.manual_seed(1)
+    logits, targets = (torch.randn(12, vocabulary) * 3).bfloat16(), torch.randint(0, vocabulary, (12,))
+    added = torch.randn(vocabulary) if bias else None
+    targets[1], targets[2], logits[2, 5] = head.IGNORE, 5, 40
+    exact = (logits.float() + (0 if added is None else added)).requires_grad_()
+    wanted = F.cross_entropy(exact, targets, ignore_index=head.IGNORE, reduction="none")
+    (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    alone = (exact >= exact.amax(-1, keepdim=True)).sum(-1) == 1
+    right = ((exact.argmax(-1) == targets) & alone).float()
+    losses, correct = kernels.head_gradient(logits, added, targets)
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(correct, right) and correct[2] == 1
+    assert relative(logits, gradient) < 0.003 and not logits[1].any()
+
+
+def test_a_tie_is_no_right_answer() -> None:
+    logits = torch.zeros(1, 32).bfloat16()
+    assert kernels.head_gradient(logits, None, torch.tensor([3]))[1].item() == 0
+
+
+def test_the_weights_gradient_is_turned_and_scaled() -> None:
+    product = torch.randn(33, 208).bfloat16()
+    found = kernels.scaled_gradient(product, torch.tensor(0.37), 32)
+    assert torch.equal(found, (product[:32].float() * 0.37).T) and found.is_contiguous()
+
+
+@pytest.mark.parametrize("width", [64, 37])
+def test_gelu_and_its_gradients(width: int) -> None:
+    torch.manual_seed(2)
+    product = (torch.randn(2, 50, width) * 3).bfloat16().requires_grad_()
+    bias, grad = torch.randn(width, requires_grad=True), torch.randn(2, 50, width).bfloat16()
+    exact = [x.detach().float().requires_grad_() for x in (product, bias)]
+    wanted = F.gelu(exact[0] + exact[1])
+    found = kernels.gelu(product, bias)
+    assert relative(found, wanted) < 0.003
+    for a, b in zip(
+        torch.autograd.grad(found, (product, bias), grad),
+        torch.autograd.grad(wanted, exact, grad.float()),
+        strict=True,
+    ):
+        assert relative(a, b) < 0.003
+
+
+def test_gelu_keeps_the_tails() -> None:
+    values = torch.tensor([[-1e4, -6.0, -0.0, 0.0, 6.0, 1e4]]).bfloat16()
+    found = kernels.gelu(values, torch.zeros(6))
+    torch.testing.assert_close(found.float(), F.gelu(values.float()), rtol=0.01, atol=1e-6)
+
+
+def test_swiglu_and_its_gradients() -> None:
+    torch.manual_seed(3)
+    gate, up = ((torch.randn(3, 77) * 4).bfloat16().requires_grad_() for _ in range(2))
+    grad = torch.randn(3, 77).bfloat16()
+    exact = [x.detach().float().requires_grad_() for x in (gate, up)]
+    wanted, found = F.silu(exact[0]) * exact[1], kernels.swiglu(gate, up)
+    assert relative(found, wanted) < 0.003
+    for a, b in zip(
+        torch.autograd.grad(found, (gate, up), grad), torch.autograd.grad(wanted, exact, grad.float()), strict=True
+    ):
+        assert relative(a, b) < 0.003
+    far = torch.tensor([[-1e4, 1e4]]).bfloat16()
+    torch.testing.assert_close(
+        kernels.swiglu(far, torch.ones(1, 2).bfloat16()), torch.tensor([[0.0, 9984.0]]).bfloat16()
+    )
+
+
+def test_operators_keep_torchs_contracts() -> None:
+    q, k, v = (torch.randn(1, 2, 20, 32).bfloat16().requires_grad_() for _ in range(3))
+    wide, joined = (torch.randn(size).bfloat16().requires_grad_() for size in ((4, 32), (1, 20, 192)))
+    for operator, arguments in (
+        (torch.ops.lmssl.native_attention.default, (q, k, v, torch.ones(1, 20), True, 0.3, 0)),
+        (torch.ops.lmssl.joined_attention.default, (joined, 2, 32, None, None, torch.ones(1, 20), True, 0.3)),
+        (torch.ops.lmssl.embedding_gradient.default, (torch.randn(4, 32), torch.arange(4), 9, -1)),
+        (torch.ops.lmssl.gelu.default, (wide, torch.randn(32, requires_grad=True))),
+        (torch.ops.lmssl.swiglu.default, (wide, torch.randn(4, 32).bfloat16())),
+        (torch.ops.lmssl.scaled_gradient.default, (torch.randn(17, 32).bfloat16(), torch.tensor(2.0), 16)),
+        (torch.ops.lmssl.head_gradient.default, (torch.randn(4, 32).bfloat16(), None, torch.arange(4))),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("documents_apart", [True, False])
+def test_compiled_document_attention_goes_through_the_kernel(documents_apart: bool) -> None:
+    q, k, v = (torch.randn(2, 2, 40, 32) for _ in range(3))
+    segments, module = documents(2, 40, 9), nn.Module().train()
+    calls: list[str] = []
+
+    def attend(*qkv: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            kwargs = document_kwargs(segments, causal=True, documents=documents_apart)
+            return document_attention(module, *qkv, None, **kwargs)[0]
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    found = torch.compile(attend, backend=backend, dynamic=False)(q, k, v)
+    assert any("native_attention" in call for call in calls)
+    assert relative(found, attend(q, k, v).float()) < 0.01
