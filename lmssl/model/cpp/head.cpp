@@ -73,15 +73,6 @@ void lmssl_head(BF* logits, const float* bias, const int64_t* targets, int64_t r
   }
 }
 
-// out [n, m] = from [m, n], turned.
-void lmssl_turned(const BF* from, int64_t m, int64_t n, BF* out, int32_t threads) {
-  constexpr int64_t SIDE = 32;  // numbers of a cache line
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t j = 0; j < n; j += SIDE)
-    for (int64_t i = 0; i < m; i += SIDE)
-      at::vec::transpose_mxn<BF>(from + i * n + j, n, out + j * m + i, m, std::min(SIDE, m - i), std::min(SIDE, n - j));
-}
-
 // out [V, D] = factor * product [D, V], turned; D and V are multiples of 16.
 void lmssl_turn(const BF* product, const float* factor, int64_t width, int64_t vocabulary, float* out,
                 int32_t threads) {
