@@ -263,9 +263,10 @@ def _flops_note(objective: AnyObjective, ratio: float) -> str:
         return f"forward and backward, the decoder's {ratio:.3g} tokens for each of the encoder's included"
     if objective.kind == "replaced":
         return f"forward and backward of generator and model, the generator's head at {ratio:.3g} of the tokens"
-    if objective.kind in ("masked", "hybrid"):
-        direction = "attention both ways" if objective.kind == "masked" else "causal attention"
-        return f"forward and backward, {direction}, the head at {ratio:.3g} of the tokens"
+    if objective.kind == "masked":
+        return f"forward and backward, attention both ways, head and end of last layer at {ratio:.3g} of the tokens"
+    if objective.kind == "hybrid":
+        return f"forward and backward, causal attention, the head at {ratio:.3g} of the tokens"
     return "forward and backward, causal attention"
 
 

@@ -75,6 +75,8 @@ class _Shape:
     """Weights that multiply a token before the layers."""
     head_matrices: int = 0
     """Weights that multiply a target between layers and output matrix."""
+    last_matrices: int = 0
+    """Weights of the last layer that multiply targets only where a masked model is trained."""
 
 
 def has_formula(model: ModelBase) -> bool:
@@ -108,7 +110,14 @@ def num_parameters(model: ModelBase, *, vocab_size: int, sequence_length: int, p
     )
 
 
-def flops_per_token(model: ModelBase, *, vocab_size: int, sequence_length: int, target_ratio: float = 1.0) -> int:
+def flops_per_token(
+    model: ModelBase,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    target_ratio: float = 1.0,
+    last_layer_ratio: float = 1.0,
+) -> int:
     """Floating-point operations of one training step per token, forward and backward.
 
     `6 * (layers * matrices + target_ratio * (head + vocab_size * width)) + 12 * heads * head_dim * pairs`
@@ -122,6 +131,7 @@ def flops_per_token(model: ModelBase, *, vocab_size: int, sequence_length: int, 
     Args:
         target_ratio: targets / tokens; 1 for causal models. For T5's family, tokens of the decoder / tokens of the
             encoder: a token is one of the encoder's.
+        last_layer_ratio: tokens / all of them for which what follows the last layer's attention is computed.
     Raises:
         ModelError: the family is not a shipped one.
     Source: Kaplan et al. 2020, appendix C, and PaLM (Chowdhery et al. 2022), appendix B; differs in the pairs.
@@ -131,6 +141,7 @@ def flops_per_token(model: ModelBase, *, vocab_size: int, sequence_length: int, 
     shape = _shape(model, vocab_size, sequence_length, 0)
     head = shape.head_matrices + vocab_size * (shape.embedding_width or shape.width)
     weights = shape.layers * shape.layer_matrices + shape.entry_matrices + round(target_ratio * head)
+    weights -= round((1 - last_layer_ratio) * shape.last_matrices)
     return 6 * weights + round(12 * shape.heads * shape.head_dim * shape.pairs)
 
 
@@ -162,20 +173,19 @@ def trained_parameters(
 def trained_flops_per_token(
     model: ModelBase, objective: AnyObjective, *, vocab_size: int, sequence_length: int, target_ratio: float = 1.0
 ) -> int:
-    """`flops_per_token` of what an objective trains.
+    """`flops_per_token` of what an objective trains; masked models need the end of their last layer at targets only.
 
     Of ELECTRA the generator's head runs at `target_ratio` of the tokens, the discriminator's at all of them; that the
     generator's logits are computed once more for its samples is not counted. Nor is BERT's head for pairs.
     """
+    sizes = {"vocab_size": vocab_size, "sequence_length": sequence_length}
     if not (isinstance(objective, ReplacedObjective) and isinstance(model, ElectraModel)):
-        return flops_per_token(model, vocab_size=vocab_size, sequence_length=sequence_length, target_ratio=target_ratio)
+        last = target_ratio if isinstance(objective, MaskedObjective) else 1.0
+        return flops_per_token(model, **sizes, target_ratio=target_ratio, last_layer_ratio=last)
     generator, head = _generator(model, objective.generator_ratio), model.hidden_size**2 + model.hidden_size
-    body = flops_per_token(model, vocab_size=vocab_size, sequence_length=sequence_length, target_ratio=0.0)
-    return (
-        body
-        + 6 * head
-        + flops_per_token(generator, vocab_size=vocab_size, sequence_length=sequence_length, target_ratio=target_ratio)
-    )
+    body = flops_per_token(model, **sizes, target_ratio=0.0)
+    filler = flops_per_token(generator, **sizes, target_ratio=target_ratio, last_layer_ratio=target_ratio)
+    return body + 6 * head + filler
 
 
 def _generator(model: ElectraModel, ratio: float) -> ElectraModel:
@@ -257,6 +267,7 @@ def _rotary_shape(
         layer_vectors=vectors,
         final_vectors=width + (vocab_size if isinstance(model, EuroBertModel) and model.mlp_bias else 0),
         pairs=layers * sequence_length if both_ways else _causal_pairs(layers, sequence_length),
+        last_matrices=3 * width * inner if both_ways else 0,
     )
 
 
@@ -281,6 +292,7 @@ def _bert_shape(
         embedding_width=narrow,
         entry_matrices=narrow * width if projected else 0,
         head_matrices=width * narrow,
+        last_matrices=width * width + 2 * width * inner,
     )
 
 
@@ -297,6 +309,7 @@ def _distilbert_shape(model: DistilBertModel, positions: int, vocab_size: int, s
         final_vectors=2 * width + 3 * width + vocab_size,
         pairs=model.n_layers * sequence_length,
         head_matrices=width * width,
+        last_matrices=2 * width * inner,
     )
 
 
@@ -318,6 +331,7 @@ def _modernbert_shape(model: ModernBertModel, vocab_size: int, sequence_length: 
         final_vectors=final - norm,  # the first layer has no norm before its attention
         pairs=wide * sequence_length + (layers - wide) * near,
         head_matrices=width * width,
+        last_matrices=3 * width * inner,
     )
 
 

@@ -1,7 +1,7 @@
 """Pieces of stock layers for compiled CPU steps: the same functions in fewer passes over memory.
 
 Biases are added after products, where the compiler fuses them with what follows; torch would copy them over the output
-first. Activations of feed-forward layers and gradients of embeddings run in kernels of our own.
+first. Attention, activations, norms and gradients of embeddings run in kernels of our own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import GELUActivation, SiLUActivation
 
-from lmssl.model.kernels import embedding_gradient, gelu, joined_attention, swiglu
+from lmssl.model.kernels import joined_attention
 from lmssl.model.native import under_bf16
+from lmssl.model.pointwise import embedding_gradient, gelu, residual_norm, swiglu
 
 
 def fuse_layers(module: nn.Module) -> None:
     """Wrap forwards in place; without a compiler at work they stay as they are, and so do names of weights."""
+    part: Any
     for part in module.modules():
         if type(part) is nn.Linear and part.bias is not None:
             _when_compiled(part, _bias_after)
@@ -29,6 +31,8 @@ def fuse_layers(module: nn.Module) -> None:
             _when_compiled(part, _looked_up)
         elif type(part).__name__ in _ATTENTIONS:
             _attend_joined(part, _ATTENTIONS[type(part).__name__])
+        elif type(part).__name__ in _RESIDUAL and part.dense.out_features % 16 == 0:
+            _when_compiled(part, _residual)
         elif hasattr(part, "intermediate_act_fn") and type(part.intermediate_act_fn) is GELUActivation:
             _when_compiled(part, _intermediate)
         elif type(part).__name__ in _GATED and isinstance(part.act_fn, nn.SiLU | SiLUActivation):
@@ -39,25 +43,26 @@ _GATED = ("LlamaMLP", "Qwen3MLP", "EuroBertMLP")
 """Classes whose forward is `down(act(gate(x)) * up(x))`."""
 
 
+_FAMILY = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+_RESIDUAL = (*(f"{kind}SelfOutput" for kind in _FAMILY), *(f"{kind}Output" for kind in _FAMILY))
+"""Classes whose forward is `LayerNorm(dropout(dense(hidden)) + around)`."""
 _ROTARY, _BERT = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
 _ATTENTIONS = {
     **dict.fromkeys(("LlamaAttention", "EuroBertAttention"), _ROTARY),
-    **dict.fromkeys(
-        (f"{kind}SelfAttention" for kind in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")), _BERT
-    ),
+    **{f"{kind}SelfAttention": _BERT for kind in _FAMILY},
 }
 """Classes of attention without anything between their products, rotary positions and scores."""
 
 
-def _when_compiled(part: Any, fused: Callable[[Any, Tensor], Tensor]) -> None:
+def _when_compiled(part: Any, fused: Callable[..., Tensor]) -> None:
     """A method, so that a copy of the part has it with its own weights."""
     forward = type(part).forward
 
     @wraps(forward)
-    def run(part: Any, hidden: Tensor) -> Tensor:
+    def run(part: Any, *tensors: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and under_bf16():
-            return fused(part, hidden)
-        found: Tensor = forward(part, hidden)
+            return fused(part, *tensors)
+        found: Tensor = forward(part, *tensors)
         return found
 
     part.forward = MethodType(run, part)
@@ -129,6 +134,17 @@ def _fits(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _intermediate(part: Any, hidden: Tensor) -> Tensor:
     """Of BERT's family."""
     found: Tensor = gelu(F.linear(hidden, part.dense.weight), part.dense.bias)
+    return found
+
+
+def _residual(part: Any, hidden: Tensor, around: Tensor) -> Tensor:
+    """The end of attention and of a layer, of BERT's family."""
+    product = F.linear(hidden, part.dense.weight)
+    norm = part.LayerNorm
+    if part.training and part.dropout.p:
+        found: Tensor = norm(part.dropout(product + part.dense.bias.to(product.dtype)) + around)
+    else:
+        found = residual_norm(product, part.dense.bias, around.float(), norm.weight, norm.bias, norm.eps)[0]
     return found
 
 

@@ -1,11 +1,10 @@
-"""Attention, the head's softmax and activations as operators, by kernels of our own on CPUs that multiply bfloat16.
+"""Attention and the head's softmax as operators, by kernels of our own on CPUs that multiply bfloat16.
 
 Torch's own kernels and what its compiler writes read and write memory many times for what fits into a cache. These
-take the place of `products_attention`, of the loop over documents, of the head's fused loops and of activations in
-compiled steps under bf16 autocast.
+take the place of `products_attention`, of the loop over documents and of the head's fused loops in compiled steps under
+bf16 autocast; those of `pointwise.py` of what the compiler writes for activations, norms and embeddings.
 
-Shapes: B sequences, H heads, G key/value heads, T tokens, D head width, N targets or tokens, V vocabulary, F width of
-a feed-forward layer.
+Shapes: B sequences, H heads, G key/value heads, T tokens, D head width, N targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -270,96 +269,3 @@ def _inside_tokens(like_BHTD: Tensor) -> Tensor:
     """An empty [B, H, T, D] whose heads lie inside tokens, where the next layer wants them."""
     batch, heads, length, width = like_BHTD.shape
     return like_BHTD.new_empty((batch, length, heads, width)).transpose(1, 2)
-
-
-_BIAS_PARTS = 8
-"""Parts of the tokens whose gradients of a bias are summed apart, as many threads at most sum them."""
-
-
-@torch.library.custom_op("lmssl::gelu", mutates_args=())
-def gelu(product_NF: Tensor, bias_F: Tensor) -> Tensor:
-    """GELU of a product and its bias, by the error function, bfloat16.
-
-    Source: Abramowitz and Stegun 7.1.26; of the error function it is within 1.5e-7.
-    """
-    product_NF, bias_F = product_NF.contiguous(), bias_F.float().contiguous()
-    out = torch.empty_like(product_NF)
-    rows, width = product_NF.numel() // product_NF.shape[-1], product_NF.shape[-1]
-    pointers = map(pointer, (product_NF, bias_F, out))
-    kernel("lmssl_gelu")(*pointers, ctypes.c_int64(rows), ctypes.c_int64(width), threads())
-    return out
-
-
-@gelu.register_fake
-def _gelu_shape(product_NF: Tensor, bias_F: Tensor) -> Tensor:
-    return torch.empty_like(product_NF, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("lmssl::gelu_backward", mutates_args=())
-def _gelu_gradients(grad: Tensor, product_NF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
-    grad, product_NF, bias_F = grad.contiguous(), product_NF.contiguous(), bias_F.float().contiguous()
-    rows, width = product_NF.numel() // product_NF.shape[-1], product_NF.shape[-1]
-    of_product, of_bias = torch.empty_like(product_NF), bias_F.new_empty(_BIAS_PARTS, width)
-    sizes = map(ctypes.c_int64, (rows, width, _BIAS_PARTS))
-    kernel("lmssl_gelu_backward")(*map(pointer, (grad, product_NF, bias_F, of_product, of_bias)), *sizes, threads())
-    return of_product, of_bias.sum(0)
-
-
-@_gelu_gradients.register_fake
-def _gelu_gradients_shapes(grad: Tensor, product_NF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(product_NF, memory_format=torch.contiguous_format), torch.empty_like(bias_F)
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-gelu.register_autograd(lambda ctx, grad: _gelu_gradients(grad, *ctx.saved_tensors), setup_context=_save_inputs)
-
-
-@torch.library.custom_op("lmssl::embedding_gradient", mutates_args=())
-def embedding_gradient(grad_ND: Tensor, ids_N: Tensor, vocabulary: int, padding: int) -> Tensor:
-    """Gradient [V, D] of rows that were looked up, float32; that of the row `padding` is zero, -1: of no row."""
-    grad_ND, ids_N = grad_ND.float().contiguous(), ids_N.to(torch.int64).contiguous()
-    tokens, width = grad_ND.shape
-    out = grad_ND.new_empty(vocabulary, width)
-    sizes = map(ctypes.c_int64, (tokens, width, vocabulary, padding))
-    kernel("lmssl_embedding_gradient")(pointer(grad_ND), pointer(ids_N), *sizes, pointer(out), threads())
-    return out
-
-
-@embedding_gradient.register_fake
-def _embedding_shape(grad_ND: Tensor, ids_N: Tensor, vocabulary: int, padding: int) -> Tensor:
-    return grad_ND.new_empty((vocabulary, grad_ND.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("lmssl::swiglu", mutates_args=())
-def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """`silu(gate) * up`, bfloat16. Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
-    gate_NF, up_NF = gate_NF.contiguous(), up_NF.contiguous()
-    out = torch.empty_like(gate_NF)
-    kernel("lmssl_swiglu")(*map(pointer, (gate_NF, up_NF, out)), ctypes.c_int64(out.numel()), threads())
-    return out
-
-
-@swiglu.register_fake
-def _swiglu_shape(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    return torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("lmssl::swiglu_backward", mutates_args=())
-def _swiglu_gradients(grad: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    grad, gate_NF, up_NF = grad.contiguous(), gate_NF.contiguous(), up_NF.contiguous()
-    found = torch.empty_like(gate_NF), torch.empty_like(up_NF)
-    pointers = map(pointer, (grad, gate_NF, up_NF, *found))
-    kernel("lmssl_swiglu_backward")(*pointers, ctypes.c_int64(grad.numel()), threads())
-    return found
-
-
-@_swiglu_gradients.register_fake
-def _swiglu_gradients_shapes(grad: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    like = torch.contiguous_format
-    return torch.empty_like(gate_NF, memory_format=like), torch.empty_like(up_NF, memory_format=like)
-
-
-swiglu.register_autograd(lambda ctx, grad: _swiglu_gradients(grad, *ctx.saved_tensors), setup_context=_save_inputs)

@@ -45,21 +45,24 @@ def load() -> bool:
     """
     global _loaded
     if _loaded is None and processor_can():
-        _loaded = _library()
+        library = library_file()
+        if not library.exists():
+            _build(_compiler(), sorted(_SOURCES.glob("*.cpp")), library)
+        _loaded = ctypes.CDLL(str(library))
     return _loaded is not None
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    compiler = os.environ.get("CXX", "g++")
-    sources = sorted(_SOURCES.iterdir())
-    told = hashlib.sha256(f"{torch.__version__} {compiler} {_FLAGS}".encode())
-    for source in sources:
+def library_file() -> Path:
+    """Where this version of the kernels is, or will be, for this version of torch and this compiler."""
+    told = hashlib.sha256(f"{torch.__version__} {_compiler()} {_FLAGS}".encode())
+    for source in sorted(_SOURCES.iterdir()):
         told.update(source.read_bytes())
-    library = _cache_folder() / f"kernels-{told.hexdigest()[:16]}.so"
-    if not library.exists():
-        _build(compiler, [source for source in sources if source.suffix == ".cpp"], library)
-    return ctypes.CDLL(str(library))
+    return _cache_folder() / f"kernels-{told.hexdigest()[:16]}.so"
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
 def _cache_folder() -> Path:

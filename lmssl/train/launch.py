@@ -217,6 +217,8 @@ def can_compile() -> bool:
 def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
     """Let compiled steps on CPU use our own kernels; where they cannot be built, say so and go on with torch's."""
     try:
+        if native.processor_can() and not native.library_file().exists():
+            report("building kernels for this processor, once, in about 10 s")
         if native.load():
             fuse_layers(module)
     except native.BuildError as error:

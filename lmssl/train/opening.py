@@ -25,6 +25,7 @@ from lmssl.errors import CheckpointError, TrainingError
 from lmssl.evaluate.samples import KINDS, prompted
 from lmssl.evaluate.subject import recipe_reader
 from lmssl.evaluate.suite import load_suite, prepare_suite
+from lmssl.model import native
 from lmssl.model.build import build_recipe_model
 from lmssl.model.continued import begin, recipe_config
 from lmssl.model.layers import recompute_layers
@@ -341,6 +342,7 @@ def _about(session: Session) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precision": session.recipe.train.precision,
         "compile": session.compiled,
+        "kernels": session.compiled != "off" and native.loaded(),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
         "python": platform.python_version(),
     }

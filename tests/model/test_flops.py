@@ -10,6 +10,7 @@ from kinds import MASKED, PAD, SPAN, Tokens, with_attention
 from lmssl.errors import ModelError
 from lmssl.model.build import build_config, build_model
 from lmssl.model.electra import ElectraPair
+from lmssl.model.encoder import encode, masked_head
 from lmssl.model.flops import (
     flops_per_token,
     has_formula,
@@ -166,6 +167,26 @@ def test_the_head_counts_at_targets_only() -> None:
     assert every - some == 6 * 0.75 * (32 * 32 + VOCAB * 32)
 
 
+@pytest.mark.parametrize("kind", [*MASKED])
+def test_flops_of_masked_training_are_those_of_a_counted_step(kind: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = MASKED[kind] | ({"local_attention": 2 * LENGTH} if kind == "modernbert" else {})
+    stock = with_attention(two_way(kind, sizes, "cpu"), "eager")
+    ids, places = torch.full((1, LENGTH), 9), torch.arange(LENGTH // 4)[None]
+    head = masked_head(stock)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = encode(stock, ids, torch.ones_like(ids), torch.arange(LENGTH)[None], places_BC=places)
+        head.transform(hidden.flatten(0, 1)) @ head.weight_VD.t()
+    ours = trained_flops_per_token(
+        *(section(kind, sizes), MaskedObjective(kind="masked")),
+        vocab_size=VOCAB,
+        sequence_length=LENGTH,
+        target_ratio=0.25,
+    )
+    assert counter.get_total_flops() == pytest.approx(ours * LENGTH / 3, rel=2e-3)
+
+
 def test_local_layers_meet_their_neighbourhood_only() -> None:
     near, far = (section("modernbert", {**WINDOWED, "local_attention": n}) for n in (9, 2 * LENGTH))
     more, less = (flops_per_token(model, vocab_size=VOCAB, sequence_length=LENGTH) for model in (far, near))
@@ -212,7 +233,8 @@ def test_flops_of_a_pair_agree_with_counted_forward_passes() -> None:
         for ratio in (1.0, 0.25)
     )
     assert counter.get_total_flops() == pytest.approx(every * LENGTH / 3, rel=1e-3)
-    assert every - some == 6 * 0.75 * (16 * 16 + VOCAB * 16)
+    last = 16 * 16 + 2 * 16 * 24  # of the generator, which is half as wide
+    assert every - some == 6 * 0.75 * (16 * 16 + VOCAB * 16 + last)
 
 
 def test_a_head_for_pairs_of_sentences_is_counted() -> None:

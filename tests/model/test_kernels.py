@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lmssl.model import head, kernels, native
+from lmssl.model import head, kernels, native, pointwise
 from lmssl.model.attention import document_attention, document_kwargs
 
 pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
@@ -124,7 +124,7 @@ def test_an_embeddings_gradient_is_summed_by_rows() -> None:
         table = torch.zeros(20, 32, requires_grad=True)
         wanted = F.embedding(ids, table, padding_idx=None if padding < 0 else padding)
         (exact,) = torch.autograd.grad(wanted, table, grad)
-        torch.testing.assert_close(kernels.embedding_gradient(grad, ids, 20, padding), exact)
+        torch.testing.assert_close(pointwise.embedding_gradient(grad, ids, 20, padding), exact)
 
 
 def test_a_sequence_without_segments_is_one_document() -> None:
@@ -204,7 +204,7 @@ def test_gelu_and_its_gradients(width: int) -> None:
     bias, grad = torch.randn(width, requires_grad=True), torch.randn(2, 50, width).bfloat16()
     exact = [x.detach().float().requires_grad_() for x in (product, bias)]
     wanted = F.gelu(exact[0] + exact[1])
-    found = kernels.gelu(product, bias)
+    found = pointwise.gelu(product, bias)
     assert relative(found, wanted) < 0.003
     for a, b in zip(
         torch.autograd.grad(found, (product, bias), grad),
@@ -216,7 +216,7 @@ def test_gelu_and_its_gradients(width: int) -> None:
 
 def test_gelu_keeps_the_tails() -> None:
     values = torch.tensor([[-1e4, -6.0, -0.0, 0.0, 6.0, 1e4]]).bfloat16()
-    found = kernels.gelu(values, torch.zeros(6))
+    found = pointwise.gelu(values, torch.zeros(6))
     torch.testing.assert_close(found.float(), F.gelu(values.float()), rtol=0.01, atol=1e-6)
 
 
@@ -225,7 +225,7 @@ def test_swiglu_and_its_gradients() -> None:
     gate, up = ((torch.randn(3, 77) * 4).bfloat16().requires_grad_() for _ in range(2))
     grad = torch.randn(3, 77).bfloat16()
     exact = [x.detach().float().requires_grad_() for x in (gate, up)]
-    wanted, found = F.silu(exact[0]) * exact[1], kernels.swiglu(gate, up)
+    wanted, found = F.silu(exact[0]) * exact[1], pointwise.swiglu(gate, up)
     assert relative(found, wanted) < 0.003
     for a, b in zip(
         torch.autograd.grad(found, (gate, up), grad), torch.autograd.grad(wanted, exact, grad.float()), strict=True
@@ -233,17 +233,37 @@ def test_swiglu_and_its_gradients() -> None:
         assert relative(a, b) < 0.003
     far = torch.tensor([[-1e4, 1e4]]).bfloat16()
     torch.testing.assert_close(
-        kernels.swiglu(far, torch.ones(1, 2).bfloat16()), torch.tensor([[0.0, 9984.0]]).bfloat16()
+        pointwise.swiglu(far, torch.ones(1, 2).bfloat16()), torch.tensor([[0.0, 9984.0]]).bfloat16()
     )
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (70,)])
+def test_a_norm_around_a_layer_and_its_gradients(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(5)
+    product = torch.randn(*shape, 64).bfloat16().requires_grad_()
+    around, grad = torch.randn(*shape, 64, requires_grad=True), torch.randn(*shape, 64)
+    bias, weight, shift = (torch.randn(64, requires_grad=True) for _ in range(3))
+    inputs = (product, bias, around, weight, shift)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = F.layer_norm(exact[0] + exact[1] + exact[2], (64,), exact[3], exact[4], 1e-5)
+    found, _ = pointwise.residual_norm(*inputs, 1e-5)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True
+    ):
+        assert a.shape == b.shape
+        assert relative(a, b) < (0.003 if a.dtype == torch.bfloat16 else 1e-5)
 
 
 def test_operators_keep_torchs_contracts() -> None:
     q, k, v = (torch.randn(1, 2, 20, 32).bfloat16().requires_grad_() for _ in range(3))
+    vector, around = torch.randn(32, requires_grad=True), torch.randn(4, 32, requires_grad=True)
     wide, joined = (torch.randn(size).bfloat16().requires_grad_() for size in ((4, 32), (1, 20, 192)))
     for operator, arguments in (
         (torch.ops.lmssl.native_attention.default, (q, k, v, torch.ones(1, 20), True, 0.3, 0)),
         (torch.ops.lmssl.joined_attention.default, (joined, 2, 32, None, None, torch.ones(1, 20), True, 0.3)),
         (torch.ops.lmssl.embedding_gradient.default, (torch.randn(4, 32), torch.arange(4), 9, -1)),
+        (torch.ops.lmssl.residual_norm.default, (wide, vector, around, vector, vector, 1e-5)),
         (torch.ops.lmssl.gelu.default, (wide, torch.randn(32, requires_grad=True))),
         (torch.ops.lmssl.swiglu.default, (wide, torch.randn(4, 32).bfloat16())),
         (torch.ops.lmssl.scaled_gradient.default, (torch.randn(17, 32).bfloat16(), torch.tensor(2.0), 16)),

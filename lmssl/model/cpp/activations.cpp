@@ -47,11 +47,10 @@ extern "C" {
 void lmssl_gelu(const BF* product, const float* bias, BF* out, int64_t rows, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < width; j += LANES) {
-      const __mmask16 there = lanes(j, 0, width);
+    by_lanes(width, [&](int64_t j, __mmask16 there) {
       const Vec x = with_bias(product + i * width, bias, j, there);
       store_bf16(out + i * width + j, x * normal(x).below, there);
-    }
+    });
 }
 
 // of_bias: [parts, F], the rows' sums in as many parts, each from rows next to each other.
@@ -62,14 +61,13 @@ void lmssl_gelu_backward(const BF* grad, const BF* product, const float* bias, B
     float* sums = of_bias + part * width;
     std::fill_n(sums, width, 0.f);
     for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i)
-      for (int64_t j = 0; j < width; j += LANES) {
-        const __mmask16 there = lanes(j, 0, width);
+      by_lanes(width, [&](int64_t j, __mmask16 there) {
         const Vec x = with_bias(product + i * width, bias, j, there);
         const Normal at = normal(x);
         const Vec found = load_bf16(grad + i * width + j, there) * (at.below + x * at.density);
         store_bf16(of_product + i * width + j, found, there);
         _mm512_mask_storeu_ps(sums + j, there, Vec(_mm512_maskz_loadu_ps(there, sums + j)) + found);
-      }
+      });
   }
 }
 

@@ -24,27 +24,24 @@ inline Vec logits(const BF* row, const float* bias, int64_t word, __mmask16 ther
 // The gradient takes the place of the logits; `powers` has room for a row.
 Row softmax_row(BF* row, const float* bias, int64_t vocabulary, int64_t target, float* powers) {
   Vec high(-std::numeric_limits<float>::infinity());
-  for (int64_t v = 0; v < vocabulary; v += LANES) {
-    const __mmask16 there = lanes(v, 0, vocabulary);
+  by_lanes(vocabulary, [&](int64_t v, __mmask16 there) {
     high = _mm512_mask_max_ps(high, there, high, logits(row, bias, v, there));
-  }
+  });
   const float top = _mm512_reduce_max_ps(high);
   Vec sum(0.f);
   int64_t ties = 0;
-  for (int64_t v = 0; v < vocabulary; v += LANES) {
-    const __mmask16 there = lanes(v, 0, vocabulary);
+  by_lanes(vocabulary, [&](int64_t v, __mmask16 there) {
     const Vec value = logits(row, bias, v, there);
     ties += __builtin_popcount(_mm512_mask_cmp_ps_mask(there, value, _mm512_set1_ps(top), _CMP_GE_OQ));
     const Vec power = _mm512_maskz_mov_ps(there, exponential(value - Vec(top)));
     sum = sum + power;
     _mm512_mask_storeu_ps(powers + v, there, power);
-  }
+  });
   const float total = _mm512_reduce_add_ps(sum), picked = float(row[target]) + (bias ? bias[target] : 0.f);
   const __m512 share = _mm512_set1_ps(1.f / total);
-  for (int64_t v = 0; v < vocabulary; v += LANES) {
-    const __mmask16 there = lanes(v, 0, vocabulary);
+  by_lanes(vocabulary, [&](int64_t v, __mmask16 there) {
     store_bf16(row + v, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, powers + v), share), there);
-  }
+  });
   row[target] = BF(powers[target] / total - 1.f);
   return {std::log(total) + top - picked, ties == 1 && picked == top ? 1.f : 0.f};
 }

@@ -57,6 +57,14 @@ inline __mmask16 lanes(int64_t at, int64_t from, int64_t to) {
   return high <= low ? 0 : static_cast<__mmask16>((0xffffu >> (LANES - high)) & (0xffffu << low));
 }
 
+// `body(from, which lanes)` for 16 numbers at a time.
+template <typename Body>
+inline void by_lanes(int64_t count, const Body& body) {
+  int64_t j = 0;
+  for (; j + LANES <= count; j += LANES) body(j, __mmask16(0xffff));
+  if (j < count) body(j, lanes(j, 0, count));
+}
+
 // Of what is no number, no number; torch's would be finite.
 inline __m512 exponential(const Vec& value) {
   return _mm512_mask_mov_ps(value.exp_u20(), _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), value);

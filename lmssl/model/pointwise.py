@@ -1,0 +1,175 @@
+"""Pointwise operators of feed-forward layers, norms and embeddings, by kernels of our own; see `kernels.py`.
+
+Shapes: N tokens, D width, F width of a feed-forward layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmssl.model.native import kernel, pointer, threads
+
+_PARTS = 32
+"""Parts of the tokens whose gradients of a vector are summed apart, as many threads at most sum them."""
+
+
+@torch.library.custom_op("lmssl::gelu", mutates_args=())
+def gelu(product_NF: Tensor, bias_F: Tensor) -> Tensor:
+    """GELU of a product and its bias, by the error function, bfloat16.
+
+    Source: Abramowitz and Stegun 7.1.26; of the error function it is within 1.5e-7.
+    """
+    product_NF, bias_F = product_NF.contiguous(), bias_F.float().contiguous()
+    out = torch.empty_like(product_NF)
+    rows, width = product_NF.numel() // product_NF.shape[-1], product_NF.shape[-1]
+    pointers = map(pointer, (product_NF, bias_F, out))
+    kernel("lmssl_gelu")(*pointers, ctypes.c_int64(rows), ctypes.c_int64(width), threads())
+    return out
+
+
+@gelu.register_fake
+def _gelu_shape(product_NF: Tensor, bias_F: Tensor) -> Tensor:
+    return torch.empty_like(product_NF, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lmssl::gelu_backward", mutates_args=())
+def _gelu_gradients(grad: Tensor, product_NF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
+    grad, product_NF, bias_F = grad.contiguous(), product_NF.contiguous(), bias_F.float().contiguous()
+    rows, width = product_NF.numel() // product_NF.shape[-1], product_NF.shape[-1]
+    of_product, of_bias = torch.empty_like(product_NF), bias_F.new_empty(_PARTS, width)
+    sizes = map(ctypes.c_int64, (rows, width, _PARTS))
+    kernel("lmssl_gelu_backward")(*map(pointer, (grad, product_NF, bias_F, of_product, of_bias)), *sizes, threads())
+    return of_product, of_bias.sum(0)
+
+
+@_gelu_gradients.register_fake
+def _gelu_gradients_shapes(grad: Tensor, product_NF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(product_NF, memory_format=torch.contiguous_format), torch.empty_like(bias_F)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+gelu.register_autograd(lambda ctx, grad: _gelu_gradients(grad, *ctx.saved_tensors), setup_context=_save_inputs)
+
+
+@torch.library.custom_op("lmssl::embedding_gradient", mutates_args=())
+def embedding_gradient(grad_ND: Tensor, ids_N: Tensor, vocabulary: int, padding: int) -> Tensor:
+    """Gradient [V, D] of rows that were looked up, float32; that of the row `padding` is zero, -1: of no row."""
+    grad_ND, ids_N = grad_ND.float().contiguous(), ids_N.to(torch.int64).contiguous()
+    tokens, width = grad_ND.shape
+    out = grad_ND.new_empty(vocabulary, width)
+    sizes = map(ctypes.c_int64, (tokens, width, vocabulary, padding))
+    kernel("lmssl_embedding_gradient")(pointer(grad_ND), pointer(ids_N), *sizes, pointer(out), threads())
+    return out
+
+
+@embedding_gradient.register_fake
+def _embedding_shape(grad_ND: Tensor, ids_N: Tensor, vocabulary: int, padding: int) -> Tensor:
+    return grad_ND.new_empty((vocabulary, grad_ND.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("lmssl::swiglu", mutates_args=())
+def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """`silu(gate) * up`, bfloat16. Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
+    gate_NF, up_NF = gate_NF.contiguous(), up_NF.contiguous()
+    out = torch.empty_like(gate_NF)
+    kernel("lmssl_swiglu")(*map(pointer, (gate_NF, up_NF, out)), ctypes.c_int64(out.numel()), threads())
+    return out
+
+
+@swiglu.register_fake
+def _swiglu_shape(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    return torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lmssl::swiglu_backward", mutates_args=())
+def _swiglu_gradients(grad: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+    grad, gate_NF, up_NF = grad.contiguous(), gate_NF.contiguous(), up_NF.contiguous()
+    found = torch.empty_like(gate_NF), torch.empty_like(up_NF)
+    pointers = map(pointer, (grad, gate_NF, up_NF, *found))
+    kernel("lmssl_swiglu_backward")(*pointers, ctypes.c_int64(grad.numel()), threads())
+    return found
+
+
+@_swiglu_gradients.register_fake
+def _swiglu_gradients_shapes(grad: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+    like = torch.contiguous_format
+    return torch.empty_like(gate_NF, memory_format=like), torch.empty_like(up_NF, memory_format=like)
+
+
+swiglu.register_autograd(lambda ctx, grad: _swiglu_gradients(grad, *ctx.saved_tensors), setup_context=_save_inputs)
+
+
+@torch.library.custom_op("lmssl::residual_norm", mutates_args=())
+def residual_norm(
+    product_ND: Tensor, bias_D: Tensor, around_ND: Tensor, weight_D: Tensor, shift_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Layer norm of `product + bias + around` in float32, and mean and 1 / deviation of each token, [N, 2].
+
+    Args:
+        product_ND: bfloat16, of any number of dimensions, D a multiple of 16.
+        around_ND: float32, what goes around the layer.
+    Source: Ba et al. 2016; the variance is that of the centred sum.
+    """
+    inputs = _norm_inputs(product_ND, bias_D, around_ND, weight_D)
+    out, rows = torch.empty_like(inputs[2]), product_ND.numel() // product_ND.shape[-1]
+    statistics, shift_D = out.new_empty(rows, 2), shift_D.float().contiguous()
+    sizes = map(ctypes.c_int64, (rows, product_ND.shape[-1]))
+    pointers = map(pointer, (*inputs, shift_D))
+    kernel("lmssl_norm")(*pointers, ctypes.c_float(eps), *sizes, pointer(out), pointer(statistics), threads())
+    return out, statistics
+
+
+@residual_norm.register_fake
+def _norm_shapes(product_ND: Tensor, bias_D: Tensor, around_ND: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(around_ND, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return out, out.new_empty(product_ND.numel() // product_ND.shape[-1], 2)
+
+
+@torch.library.custom_op("lmssl::residual_norm_backward", mutates_args=())
+def _norm_gradients(
+    grad_ND: Tensor, product_ND: Tensor, bias_D: Tensor, around_ND: Tensor, weight_D: Tensor, statistics_N2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of product and what goes around it, and, [3, D], of weight, shift and bias."""
+    grad_ND, inputs = grad_ND.float().contiguous(), _norm_inputs(product_ND, bias_D, around_ND, weight_D)
+    width = product_ND.shape[-1]
+    of_product, of_around = torch.empty_like(inputs[0]), torch.empty_like(inputs[2])
+    of_vectors = of_around.new_empty(_PARTS, 3, width)
+    sizes = map(ctypes.c_int64, (product_ND.numel() // width, width, _PARTS))
+    given = map(pointer, (grad_ND, *inputs, statistics_N2.contiguous()))
+    made = map(pointer, (of_product, of_around, of_vectors))
+    kernel("lmssl_norm_backward")(*given, *sizes, *made, threads())
+    return of_product, of_around, of_vectors.sum(0)
+
+
+@_norm_gradients.register_fake
+def _norm_gradients_shapes(
+    grad_ND: Tensor, product_ND: Tensor, bias_D: Tensor, around_ND: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = torch.contiguous_format
+    of_around = torch.empty_like(around_ND, dtype=torch.float32, memory_format=like)
+    return torch.empty_like(product_ND, memory_format=like), of_around, of_around.new_empty(3, product_ND.shape[-1])
+
+
+def _norm_inputs(product: Tensor, bias: Tensor, around: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return product.contiguous(), bias.float().contiguous(), around.float().contiguous(), weight.float().contiguous()
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    product, bias, around, weight, _, _ = inputs
+    ctx.save_for_backward(product, bias, around, weight, output[1])
+
+
+def _norm_backward(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+    of_product, of_around, of_vectors = _norm_gradients(grad, *ctx.saved_tensors)
+    of_weight, of_shift, of_bias = of_vectors.unbind()
+    return of_product, of_bias, of_around, of_weight, of_shift, None
+
+
+residual_norm.register_autograd(_norm_backward, setup_context=_save_norm)

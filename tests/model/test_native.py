@@ -1,0 +1,80 @@
+"""Building the kernels: once, into a cache, or an error that says what the compiler said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lmssl.model import native
+from lmssl.train.launch import load_kernels
+
+pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a new process, with an empty cache."""
+    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.library_file.cache_clear()
+    yield
+    native.library_file.cache_clear()
+
+
+def test_a_run_builds_them_and_the_next_one_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    load_kernels(nn.Linear(2, 2), said.append)
+    assert said == ["building kernels for this processor, once, in about 10 s"]
+    assert native.loaded()
+    (built,) = (tmp_path / "cache/lmssl").iterdir()
+    assert built == native.library_file()
+    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
+    load_kernels(nn.Linear(2, 2), said.append)
+    assert len(said) == 1 and native.loaded()
+
+
+def test_another_version_of_torch_or_compiler_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {native.library_file()}
+    for name, value in (("CXX", "clang++"), ("CXX", "g++")):
+        monkeypatch.setenv(name, value)
+        native.library_file.cache_clear()
+        found.add(native.library_file())
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    native.library_file.cache_clear()
+    assert len(found | {native.library_file()}) == 3
+
+
+def test_what_the_compiler_says_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'cc1plus: no space left' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    for path, words in (
+        (str(compiler), "cc1plus: no space left"),
+        ("no-such-compiler", "there is no no-such-compiler"),
+    ):
+        monkeypatch.setenv("CXX", path)
+        native.library_file.cache_clear()
+        said: list[str] = []
+        load_kernels(nn.Linear(2, 2), said.append)
+        assert not native.loaded()
+        assert said[-1] == f"kernels for this processor cannot be built, torch's are used, which are slower: {words}"
+    assert not list((tmp_path / "cache/lmssl").glob("*"))
+
+
+def test_where_home_cannot_be_written_they_are_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert tmp_path not in native.library_file().parents
+    assert native.library_file().parent.is_dir()
+
+
+def test_a_processor_without_the_instructions_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "processor_can", lambda: False)
+    said: list[str] = []
+    load_kernels(nn.Linear(2, 2), said.append)
+    assert not said and not native.loaded() and not (tmp_path / "cache").exists()
