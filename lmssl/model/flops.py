@@ -140,8 +140,8 @@ def flops_per_token(
         return _t5_flops(model, vocab_size, sequence_length, target_ratio)
     shape = _shape(model, vocab_size, sequence_length, 0)
     head = shape.head_matrices + vocab_size * (shape.embedding_width or shape.width)
-    weights = shape.layers * shape.layer_matrices + shape.entry_matrices + round(target_ratio * head)
-    weights -= round((1 - last_layer_ratio) * shape.last_matrices)
+    at_targets = target_ratio * head - (1 - last_layer_ratio) * shape.last_matrices
+    weights = shape.layers * shape.layer_matrices + shape.entry_matrices + round(at_targets)
     return 6 * weights + round(12 * shape.heads * shape.head_dim * shape.pairs)
 
 

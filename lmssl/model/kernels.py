@@ -247,6 +247,11 @@ def scaled_gradient(product_DV: Tensor, factor: Tensor, width: int) -> Tensor:
         product_DV: bfloat16, by rows; width and vocabulary are multiples of 16.
         factor: one number, float32.
     """
+    return turned_and_scaled(product_DV, factor, width)
+
+
+def turned_and_scaled(product_DV: Tensor, factor: Tensor, width: int) -> Tensor:
+    """`scaled_gradient`, for operators that go on with it."""
     vocabulary = product_DV.shape[1]
     out = product_DV.new_empty((vocabulary, width), dtype=torch.float32)
     sizes = ctypes.c_int64(width), ctypes.c_int64(vocabulary)

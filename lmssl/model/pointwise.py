@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmssl.model.kernels import turned_and_scaled
 from lmssl.model.native import kernel, pointer, threads
 
 _PARTS = 32
@@ -61,17 +62,35 @@ gelu.register_autograd(lambda ctx, grad: _gelu_gradients(grad, *ctx.saved_tensor
 @torch.library.custom_op("lmssl::embedding_gradient", mutates_args=())
 def embedding_gradient(grad_ND: Tensor, ids_N: Tensor, vocabulary: int, padding: int) -> Tensor:
     """Gradient [V, D] of rows that were looked up, float32; that of the row `padding` is zero, -1: of no row."""
-    grad_ND, ids_N = grad_ND.float().contiguous(), ids_N.to(torch.int64).contiguous()
-    tokens, width = grad_ND.shape
-    out = grad_ND.new_empty(vocabulary, width)
-    sizes = map(ctypes.c_int64, (tokens, width, vocabulary, padding))
-    kernel("lmssl_embedding_gradient")(pointer(grad_ND), pointer(ids_N), *sizes, pointer(out), threads())
+    out = grad_ND.new_empty((vocabulary, grad_ND.shape[1]), dtype=torch.float32)
+    _add_rows(out, grad_ND, ids_N, padding, more=False)
     return out
+
+
+def _add_rows(out_VD: Tensor, grad_ND: Tensor, ids_N: Tensor, padding: int, *, more: bool) -> None:
+    grad_ND, ids_N = grad_ND.float().contiguous(), ids_N.to(torch.int64).contiguous()
+    sizes = map(ctypes.c_int64, (*grad_ND.shape, len(out_VD), padding, int(more)))
+    kernel("lmssl_embedding_gradient")(pointer(grad_ND), pointer(ids_N), *sizes, pointer(out_VD), threads())
 
 
 @embedding_gradient.register_fake
 def _embedding_shape(grad_ND: Tensor, ids_N: Tensor, vocabulary: int, padding: int) -> Tensor:
     return grad_ND.new_empty((vocabulary, grad_ND.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("lmssl::tied_gradient", mutates_args=())
+def tied_gradient(
+    product_DV: Tensor, factor: Tensor, width: int, grad_ND: Tensor, ids_N: Tensor, padding: int
+) -> Tensor:
+    """`scaled_gradient` of a head plus `embedding_gradient` of the same matrix, in one matrix [V, D]."""
+    out = turned_and_scaled(product_DV, factor, width)
+    _add_rows(out, grad_ND, ids_N, padding, more=True)
+    return out
+
+
+@tied_gradient.register_fake
+def _tied_shape(product_DV: Tensor, factor: Tensor, width: int, *_: Any) -> Tensor:
+    return product_DV.new_empty((product_DV.shape[1], width), dtype=torch.float32)
 
 
 @torch.library.custom_op("lmssl::swiglu", mutates_args=())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -225,12 +225,20 @@ def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
         report(f"kernels for this processor cannot be built, torch's are used, which are slower: {error}")
 
 
+def _graph_passes() -> dict[str, Any] | None:
+    if not native.loaded():
+        return None
+    from lmssl.model.tied import JoinTiedGradients  # here, for it imports the compiler
+
+    return {"post_grad_custom_pre_pass": JoinTiedGradients()}
+
+
 def compile_module(module: nn.Module, mode: CompileMode) -> None:
     """Compile in place, so that parameter names stay those of the stock model."""
     if torch.cuda.is_available():  # where the head's loss is compiled apart, at its first call
         torch.compiler.set_stance("force_eager" if mode == "off" else "default")
     if mode == "model":
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, options=_graph_passes())
     elif mode == "layers":
         for stack in layer_stacks(module):
             for layer in stack:

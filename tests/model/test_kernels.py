@@ -263,6 +263,10 @@ def test_operators_keep_torchs_contracts() -> None:
         (torch.ops.lmssl.native_attention.default, (q, k, v, torch.ones(1, 20), True, 0.3, 0)),
         (torch.ops.lmssl.joined_attention.default, (joined, 2, 32, None, None, torch.ones(1, 20), True, 0.3)),
         (torch.ops.lmssl.embedding_gradient.default, (torch.randn(4, 32), torch.arange(4), 9, -1)),
+        (
+            torch.ops.lmssl.tied_gradient.default,
+            (torch.randn(17, 32).bfloat16(), torch.tensor(2.0), 16, torch.randn(4, 16), torch.arange(4), -1),
+        ),
         (torch.ops.lmssl.residual_norm.default, (wide, vector, around, vector, vector, 1e-5)),
         (torch.ops.lmssl.gelu.default, (wide, torch.randn(32, requires_grad=True))),
         (torch.ops.lmssl.swiglu.default, (wide, torch.randn(4, 32).bfloat16())),

@@ -71,14 +71,14 @@ void lmssl_gelu_backward(const BF* grad, const BF* product, const float* bias, B
   }
 }
 
-// out [V, D]: the gradients [N, D] of looked up rows, summed in the order of tokens; none for `padding`. Each part of
-// the vocabulary is cleared and added to by one thread.
+// out [V, D] = (more ? out : 0) + the gradients [N, D] of looked up rows, summed in the order of tokens; none for
+// `padding`. Each part of the vocabulary is one thread's.
 void lmssl_embedding_gradient(const float* grad, const int64_t* ids, int64_t tokens, int64_t width, int64_t vocabulary,
-                              int64_t padding, float* out, int32_t threads) {
+                              int64_t padding, int64_t more, float* out, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int32_t part = 0; part < threads; ++part) {
     const int64_t low = vocabulary * part / threads, high = vocabulary * (part + 1) / threads;
-    std::fill(out + low * width, out + high * width, 0.f);
+    if (!more) std::fill(out + low * width, out + high * width, 0.f);
     for (int64_t i = 0; i < tokens; ++i)
       if (ids[i] >= low && ids[i] < high && ids[i] != padding)
         for (int64_t d = 0; d < width; ++d) out[ids[i] * width + d] += grad[i * width + d];
