@@ -1,4 +1,4 @@
-"""Attention and the head's softmax as operators, by kernels of our own on CPUs that multiply bfloat16.
+"""Attention and the head's softmax as operators, by kernels of our own on CPUs with AMX.
 
 Torch's own kernels and what its compiler writes read and write memory many times for what fits into a cache. These
 take the place of `products_attention`, of the loop over documents and of the head's fused loops in compiled steps under

@@ -1,4 +1,4 @@
-"""The C++ kernels of `cpp/`, for CPUs that multiply bfloat16: built once on the machine, then loaded.
+"""The C++ kernels of `cpp/`, for CPUs with AMX: built once on the machine, then loaded.
 
 `kernels.py` makes operators of them. They are used in compiled steps under bf16 autocast; anywhere else, and where
 there is no compiler, torch's and the compiler's own remain.
@@ -33,8 +33,11 @@ class BuildError(Exception):
 
 
 def processor_can() -> bool:
-    """Whether this processor has the instructions that the kernels are written with, and Linux runs on it."""
-    return sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported()
+    """Whether this processor has the instructions that the kernels are written for, and Linux runs on it.
+
+    Not of those that multiply bf16 without AMX: what torch's small products want of their operands there was not tried.
+    """
+    return sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported()
 
 
 def load() -> bool:

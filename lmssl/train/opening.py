@@ -111,7 +111,7 @@ def open_session(
     compiled = choose_compile(
         recipe, accelerator.device, num_parameters=num_parameters, tokens_left=left, modes=kind.compile_modes
     )
-    if compiled != "off" and accelerator.device.type == "cpu":
+    if compiled != "off" and accelerator.device.type == "cpu" and core.dtype == torch.bfloat16:
         load_kernels(core, report)
     compile_module(core, compiled)
     backend = _open_backend(kind, core, accelerator, recipe, found)

@@ -18,7 +18,7 @@ from lmssl.model.encoder import encode
 from lmssl.model.fused import fuse_layers
 from lmssl.model.layers import recompute_layers
 
-needs_kernels = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
+needs_kernels = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
 
 IDS = torch.arange(20, 52)[None].repeat(2, 1)
 SEGMENTS = (torch.arange(32)[None] // 11 + 1).repeat(2, 1).int()
@@ -138,7 +138,7 @@ def test_names_of_weights_stay() -> None:
 
 def test_dropout_stays_with_torch() -> None:
     if not native.load():
-        pytest.skip("the processor lacks instructions for bfloat16")
+        pytest.skip("the processor has no AMX")
     model = tiny("bert", **WIDE, attention_probs_dropout_prob=0.2).train()
     fuse_layers(model)
     seen: list[str] = []

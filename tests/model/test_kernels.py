@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lmssl.model import head, kernels, native, pointwise
 from lmssl.model.attention import document_attention, document_kwargs
 
-pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
+pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,7 @@ from torch import nn
 from lmssl.model import native
 from lmssl.train.launch import load_kernels
 
-pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
+pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
 
 
 @pytest.fixture(autouse=True)

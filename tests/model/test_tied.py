@@ -9,7 +9,7 @@ from lmssl.model import native
 from lmssl.model.pointwise import embedding_gradient, tied_gradient  # noqa: F401  (registers the operators)
 from lmssl.model.tied import JoinTiedGradients
 
-pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor lacks instructions for bfloat16")
+pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
 
 VOCABULARY, WIDTH = 64, 32
 

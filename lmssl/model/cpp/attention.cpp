@@ -1,4 +1,4 @@
-// Attention within documents for CPUs that multiply bfloat16, forward and backward, tile by tile.
+// Attention within documents for CPUs with AMX, forward and backward, tile by tile.
 //
 // A tile of queries meets the tiles of keys that one of its queries may see, so that what packed documents do not
 // share costs nothing and no mask exists. Scores and sums are float32; operands of products are bfloat16. In the

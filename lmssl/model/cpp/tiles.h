@@ -1,4 +1,4 @@
-// Pieces of matrices as oneDNN's small products want them, for processors with AVX-512 and bfloat16.
+// Pieces of matrices as oneDNN's small products want them, for processors with AVX-512, bfloat16 and AMX.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
