@@ -1,11 +1,11 @@
-"""Document attention on CPU by the length of sequences: by products under a mask, by torch's kernel, and by a loop.
+"""Document attention on CPU by the length of sequences: by products, by torch's kernel, by a loop, and by our kernel.
 
     python benchmarks/bench_attention.py [--lengths 512 1024 2048] [--tokens 4096] [--tiny]
 
-One layer's attention, forward and backward, on so many tokens of documents of log-normal lengths. The three ways are
-those that `model/attention.py` chooses from: compiled products under a mask, torch's kernel under the same mask (where
-nothing is compiled), and documents one by one. They take turns in one process, A B C A B C. Results are appended to
-benchmarks/results/attention.jsonl.
+One layer's attention, forward and backward, on so many tokens of documents of log-normal lengths. The ways are those
+that `model/attention.py` chooses from: compiled products under a mask, torch's kernel under the same mask (where
+nothing is compiled), documents one by one, and in bfloat16 on CPUs with AMX tiles in a kernel of our own. They take
+turns in one process, A B C A B C. Results are appended to benchmarks/results/attention.jsonl.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from record import place, write
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmssl.model import kernels, native
 from lmssl.model.attention import _document_mask, _loop, loop_from_tokens
 from lmssl.model.products import products_attention
 from lmssl.train.launch import keep_memory
@@ -45,13 +46,16 @@ def segments_of(rows: int, length: int, mean: float) -> Tensor:
 
 
 def ways(segments: Tensor, head: int, causal: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The three, on queries, keys and values."""
+    """All of them, on queries, keys and values."""
     mask, scale = _document_mask(segments, causal), head**-0.5
-    return {
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "products": lambda q, k, v: products_attention(q, k, v, mask, causal=causal, scale=scale),
         "kernel, mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, scale=scale),
         "loop": lambda q, k, v: _loop(q, k, v, segments, causal, scale, 0)[0],
     }
+    if native.loaded():
+        found["tiles"] = lambda q, k, v: kernels.attention(q, k, v, segments, causal, scale, 0)[0]
+    return found
 
 
 def measure(length: int, mean: float, causal: bool, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -94,6 +98,8 @@ def main() -> None:
     if args.tiny:
         args.lengths, args.means, args.tokens, args.repeats = [128], [50.0], 256, 2
     keep_memory()
+    if args.dtype == "bfloat16":
+        native.load()
     rows: list[dict[str, Any]] = []
     for causal in (True, False):
         for mean in args.means:

@@ -162,7 +162,7 @@ def attention(record: dict[str, Any]) -> str:
         f"## Document attention by length, CPU, {precision(record)}\n",
         f"One layer, {record['heads']} heads of {record['head']}, {record['dtype']}, {record['tokens']:,} tokens, "
         "forward and backward, milliseconds; documents of log-normal lengths. Runs in this type go by the loop from "
-        f"{record['loop_from_tokens']:,} tokens a sequence on.\n",
+        f"{record['loop_from_tokens']:,} tokens a sequence on{', compiled ones by tiles' * ('tiles' in names)}.\n",
         f"| attention | mean document | sequence | {' | '.join(names)} | fastest |",
         f"| --- | --- | --- | {'--- | ' * len(names)}--- |",
     ]

@@ -6,6 +6,7 @@ there is no compiler, torch's and the compiler's own remain.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -76,7 +77,9 @@ def _cache_folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="lmssl-"))
+        private = tempfile.mkdtemp(prefix="lmssl-")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        return Path(private)
 
 
 def _build(compiler: str, sources: list[Path], library: Path) -> None:
