@@ -222,8 +222,12 @@ def head_gradient(logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor) -
     Args:
         logits_NV: bfloat16, by rows.
         bias_V: float32, added to them; None: nothing.
+    Raises:
+        IndexError: a target that the vocabulary does not have.
     """
     rows, vocabulary = logits_NV.shape
+    if int(targets_N.max()) >= vocabulary:
+        raise IndexError(f"target {int(targets_N.max())} is beyond a vocabulary of {vocabulary}")
     losses, correct = (logits_NV.new_empty(rows, dtype=torch.float32) for _ in range(2))
     bias_V = None if bias_V is None else bias_V.float().contiguous()
     targets_N = targets_N.to(torch.int64).contiguous()

@@ -191,6 +191,11 @@ def test_a_tie_is_no_right_answer() -> None:
     assert kernels.head_gradient(logits, None, torch.tensor([3]))[1].item() == 0
 
 
+def test_a_target_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(IndexError, match="target 32 is beyond a vocabulary of 32"):
+        kernels.head_gradient(torch.zeros(2, 32).bfloat16(), None, torch.tensor([1, 32]))
+
+
 def test_the_weights_gradient_is_turned_and_scaled() -> None:
     product = torch.randn(33, 208).bfloat16()
     found = kernels.scaled_gradient(product, torch.tensor(0.37), 32)
