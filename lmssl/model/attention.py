@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,22 +123,14 @@ def document_attention(
         document_mask, document_segments, document_causal = document_cross_mask, None, False
         document_starts = position_bias = None
     window = sliding_window if sliding_window and sliding_window < length else 0
-    if document_starts is not None and position_bias is None and not dropout_p:
-        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
-        if can_attend(qkv[0]):
-            return varlen_attention(*qkv, document_starts, bool(document_causal), scale, window), None
-    by_documents = document_segments is not None or (document_mask is None and bool(document_causal))
-    if by_documents and position_bias is None and not dropout_p and kernels.takes_attention(query_BHTD):
-        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
-        out_BHTD, _lse = kernels.attention(*qkv, document_segments, bool(document_causal), scale, window)
-        return out_BHTD.transpose(1, 2), None
+    on_cpu, causal = query_BHTD.device.type == "cpu", document_causal
+    if position_bias is None and not dropout_p:
+        seen = _Seen(document_segments, document_starts, document_mask is None and bool(causal), bool(causal), window)
+        found = _without_mask(query_BHTD, key_BGTD, value_BGTD, seen, scale)
+        if found is not None:
+            return found, None
     key_BGTD, value_BGTD = (_for_heads(x_BGTD, query_BHTD.shape[1]) for x_BGTD in (key_BGTD, value_BGTD))
-    on_cpu = query_BHTD.device.type == "cpu"
-    if on_cpu and document_segments is not None and position_bias is None and not dropout_p:
-        qkv = _in_one_type(query_BHTD, key_BGTD, value_BGTD)
-        out_BHTD, _lse = _loop(*qkv, document_segments, bool(document_causal), scale, window)
-        return out_BHTD.transpose(1, 2), None
-    mask, causal = document_mask, document_causal
+    mask = document_mask
     if causal is None:  # a stock forward without document_kwargs: generation, or a caller of our own probe
         causal = bool(getattr(module, "is_causal", True)) and length > 1
     if document_segments is not None:
@@ -155,6 +147,34 @@ def document_attention(
         query_BHTD, key_BGTD, value_BGTD, mask, dropout_p, is_causal=causal and mask is None, scale=scaling
     )
     return out_BHTD.transpose(1, 2), None
+
+
+class _Seen(NamedTuple):
+    """What a query may see, where it is no mask."""
+
+    segments: Tensor | None
+    starts: Tensor | None
+    whole: bool
+    """Causal, without documents unless there are segments."""
+    causal: bool
+    window: int
+
+
+def _without_mask(query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scale: float) -> Tensor | None:
+    """Attention by kernels that know documents, [B, T, H, D]; None: none of them is for these tensors."""
+    segments, starts, whole, causal, window = seen
+    qkv = _in_one_type(query, key, value)
+    if starts is not None and can_attend(qkv[0]):
+        found: Tensor = varlen_attention(*qkv, starts, causal, scale, window)
+        return found
+    if (segments is not None or whole) and kernels.takes_attention(query):
+        out: Tensor = kernels.attention(*qkv, segments, causal, scale, window)[0]
+        return out.transpose(1, 2)
+    if segments is not None and query.device.type == "cpu" and segments.shape[1] >= loop_from_tokens():
+        heads = query.shape[1]
+        out, _lse = _loop(qkv[0], _for_heads(qkv[1], heads), _for_heads(qkv[2], heads), segments, causal, scale, window)
+        return out.transpose(1, 2)
+    return None
 
 
 def _for_heads(x_BGTD: Tensor, heads: int) -> Tensor:

@@ -41,37 +41,35 @@ def processor_can() -> bool:
     return sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported()
 
 
-def load() -> bool:
+def load(compiler: str = "g++", cache_folder: Path | None = None) -> bool:
     """Build the kernels if this version of them is not there yet, and use them from now on; False: not this processor.
 
+    Args:
+        compiler: of C++, a command.
+        cache_folder: where what was built is kept; None: `~/.cache/lmssl`.
     Raises:
         BuildError: the compiler fails, or there is none.
     """
     global _loaded
     if _loaded is None and processor_can():
-        library = library_file()
+        library = library_file(compiler, cache_folder)
         if not library.exists():
-            _build(_compiler(), sorted(_SOURCES.glob("*.cpp")), library)
+            _build(compiler, sorted(_SOURCES.glob("*.cpp")), library)
         _loaded = ctypes.CDLL(str(library))
     return _loaded is not None
 
 
 @cache
-def library_file() -> Path:
-    """Where this version of the kernels is, or will be, for this version of torch and this compiler."""
-    told = hashlib.sha256(f"{torch.__version__} {_compiler()} {_FLAGS}".encode())
+def library_file(compiler: str = "g++", cache_folder: Path | None = None) -> Path:
+    """Where this version of the kernels is, or will be, for this version of torch and this compiler; see `load`."""
+    told = hashlib.sha256(f"{torch.__version__} {compiler} {_FLAGS}".encode())
     for source in sorted(_SOURCES.iterdir()):
         told.update(source.read_bytes())
-    return _cache_folder() / f"kernels-{told.hexdigest()[:16]}.so"
+    return _writable(cache_folder or Path.home() / ".cache" / "lmssl") / f"kernels-{told.hexdigest()[:16]}.so"
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
-
-
-def _cache_folder() -> Path:
-    """Where what was built is kept for the next run; a folder of this process alone where home cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmssl"
+def _writable(folder: Path) -> Path:
+    """The folder, or one of this process alone where that cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -216,10 +216,12 @@ def can_compile() -> bool:
 
 def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
     """Let compiled steps on CPU use our own kernels; where they cannot be built, say so and go on with torch's."""
+    compiler, home = os.environ.get("CXX", "g++"), os.environ.get("XDG_CACHE_HOME")
+    cache_folder = Path(home) / "lmssl" if home else None
     try:
-        if native.processor_can() and not native.library_file().exists():
+        if native.processor_can() and not native.library_file(compiler, cache_folder).exists():
             report("building kernels for this processor, once, in about 10 s")
-        if native.load():
+        if native.load(compiler, cache_folder):
             fuse_layers(module)
     except native.BuildError as error:
         report(f"kernels for this processor cannot be built, torch's are used, which are slower: {error}")

@@ -44,6 +44,7 @@ from lmssl.train.console import Report
 from lmssl.train.fully_sharded import FullySharded
 from lmssl.train.guard import merged
 from lmssl.train.launch import (
+    CompileMode,
     check_trackers,
     choose_compile,
     compile_module,
@@ -111,9 +112,7 @@ def open_session(
     compiled = choose_compile(
         recipe, accelerator.device, num_parameters=num_parameters, tokens_left=left, modes=kind.compile_modes
     )
-    if compiled != "off" and accelerator.device.type == "cpu" and core.dtype == torch.bfloat16:
-        load_kernels(core, report)
-    compile_module(core, compiled)
+    _compile(core, compiled, accelerator.device, report)
     backend = _open_backend(kind, core, accelerator, recipe, found)
     if precision == "fp16":
         backend.loss_scale = LossScale(accelerator.device, saved=state.loss_scale)
@@ -183,6 +182,13 @@ def _change_layers(core: LossModule, recipe: Recipe, report: Report) -> None:
     every = recipe.train.activation_checkpointing
     if every is not None:
         recompute_layers(core, 1 if every == "full" else every)
+
+
+def _compile(core: LossModule, mode: CompileMode, device: torch.device, report: Report) -> None:
+    """Compile in place; bf16 steps on CPU run kernels of our own, where the processor has what they need."""
+    if mode != "off" and device.type == "cpu" and core.dtype == torch.bfloat16:
+        load_kernels(core, report)
+    compile_module(core, mode)
 
 
 def backend_class(accelerator: Accelerator, recipe: Recipe) -> type[Replicated | FullySharded | Zero]:

@@ -31,22 +31,18 @@ def test_a_run_builds_them_and_the_next_one_finds_them(tmp_path: Path, monkeypat
     assert said == ["building kernels for this processor, once, in about 10 s"]
     assert native.loaded()
     (built,) = (tmp_path / "cache/lmssl").iterdir()
-    assert built == native.library_file()
+    assert built == native.library_file("g++", tmp_path / "cache/lmssl")
     monkeypatch.setattr(native, "_loaded", None)
     monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
     load_kernels(nn.Linear(2, 2), said.append)
     assert len(said) == 1 and native.loaded()
 
 
-def test_another_version_of_torch_or_compiler_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {native.library_file()}
-    for name, value in (("CXX", "clang++"), ("CXX", "g++")):
-        monkeypatch.setenv(name, value)
-        native.library_file.cache_clear()
-        found.add(native.library_file())
-    monkeypatch.setattr(torch, "__version__", "9.9")
+def test_another_version_of_torch_or_compiler_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {native.library_file(compiler, tmp_path) for compiler in ("g++", "clang++", "g++")}
     native.library_file.cache_clear()
-    assert len(found | {native.library_file()}) == 3
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert len(found | {native.library_file("g++", tmp_path)}) == 3
 
 
 def test_what_the_compiler_says_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +54,6 @@ def test_what_the_compiler_says_is_told_and_training_goes_on(tmp_path: Path, mon
         ("no-such-compiler", "there is no no-such-compiler"),
     ):
         monkeypatch.setenv("CXX", path)
-        native.library_file.cache_clear()
         said: list[str] = []
         load_kernels(nn.Linear(2, 2), said.append)
         assert not native.loaded()
@@ -66,11 +61,10 @@ def test_what_the_compiler_says_is_told_and_training_goes_on(tmp_path: Path, mon
     assert not list((tmp_path / "cache/lmssl").glob("*"))
 
 
-def test_where_home_cannot_be_written_they_are_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_home_cannot_be_written_they_are_built_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert tmp_path not in native.library_file().parents
-    assert native.library_file().parent.is_dir()
+    found = native.library_file("g++", tmp_path / "file/lmssl")
+    assert tmp_path not in found.parents and found.parent.is_dir()
 
 
 def test_a_processor_without_the_instructions_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
