@@ -1,8 +1,7 @@
 """The loss at targets, chunk by chunk of the `tokens x vocabulary` matrix.
 
 Logits of a chunk of targets live only while that chunk's loss and gradients are taken. The gradient is computed in
-the forward pass and scaled in the backward pass, so the head costs three matrix products, as an ordinary head does,
-and not the four of a recomputed one.
+the forward pass and scaled in the backward pass: three matrix products, and not the four of a recomputed head.
 
 Shapes: N targets, D width, V vocabulary.
 """
