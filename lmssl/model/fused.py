@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation, SiLUActivation
 
 from lmssl.model.kernels import joined_attention
+from lmssl.model.linear import linear
 from lmssl.model.native import under_bf16
 from lmssl.model.pointwise import embedding_gradient, gelu, residual_norm, swiglu
 
@@ -25,8 +26,8 @@ def fuse_layers(module: nn.Module) -> None:
     """Wrap forwards in place; without a compiler at work they stay as they are, and so do names of weights."""
     part: Any
     for part in module.modules():
-        if type(part) is nn.Linear and part.bias is not None:
-            _when_compiled(part, _bias_after)
+        if type(part) is nn.Linear:
+            _when_compiled(part, _linear)
         elif type(part) is nn.Embedding and part.max_norm is None and not (part.sparse or part.scale_grad_by_freq):
             _when_compiled(part, _looked_up)
         elif type(part).__name__ in _ATTENTIONS:
@@ -68,9 +69,9 @@ def _when_compiled(part: Any, fused: Callable[..., Tensor]) -> None:
     part.forward = MethodType(run, part)
 
 
-def _bias_after(linear: nn.Linear, hidden: Tensor) -> Tensor:
-    product = F.linear(hidden, linear.weight)
-    return product + linear.bias.to(product.dtype)
+def _linear(part: nn.Linear, hidden: Tensor) -> Tensor:
+    product = linear(hidden, part.weight)
+    return product if part.bias is None else product + part.bias.to(product.dtype)
 
 
 class _LookUp(torch.autograd.Function):
@@ -100,13 +101,13 @@ def _attend_joined(part: Any, names: tuple[str, str, str]) -> None:
     def run(part: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (torch.compiler.is_compiling() and under_bf16() and _fits(part, args, kwargs)):
             return forward(part, hidden_states, *args, **kwargs)
-        linears = [getattr(part, name) for name in names]
-        product = F.linear(hidden_states, torch.cat([linear.weight for linear in linears]))
-        if linears[0].bias is not None:
-            product = product + torch.cat([linear.bias for linear in linears]).to(product.dtype)
+        three = [getattr(part, name) for name in names]
+        product = linear(hidden_states, torch.cat([one.weight for one in three]))
+        if three[0].bias is not None:
+            product = product + torch.cat([one.bias for one in three]).to(product.dtype)
         cos, sin = kwargs.get("position_embeddings") or (None, None)
         width, causal = _head_width(part), bool(kwargs["document_causal"])
-        heads = linears[0].out_features // width
+        heads = three[0].out_features // width
         context, _lse = joined_attention(
             product, heads, width, cos, sin, kwargs["document_segments"], causal, part.scaling
         )
@@ -133,13 +134,13 @@ def _fits(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _intermediate(part: Any, hidden: Tensor) -> Tensor:
     """Of BERT's family."""
-    found: Tensor = gelu(F.linear(hidden, part.dense.weight), part.dense.bias)
+    found: Tensor = gelu(linear(hidden, part.dense.weight), part.dense.bias)
     return found
 
 
 def _residual(part: Any, hidden: Tensor, around: Tensor) -> Tensor:
     """The end of attention and of a layer, of BERT's family."""
-    product = F.linear(hidden, part.dense.weight)
+    product = linear(hidden, part.dense.weight)
     norm = part.LayerNorm
     if part.training and part.dropout.p:
         found: Tensor = norm(part.dropout(product + part.dense.bias.to(product.dtype)) + around)

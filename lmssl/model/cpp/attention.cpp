@@ -102,14 +102,18 @@ void soften(const float* scores, BF* powers, float* out, int64_t width, int64_t 
   for (int64_t j = from / LANES * LANES; j < to; j += LANES)
     high = Vec(_mm512_mask_max_ps(high, lanes(j, from, to), high, _mm512_loadu_ps(scores + j)));
   const float found = std::max(top, _mm512_reduce_max_ps(high) * scale);
-  const float before = std::exp(top - found);
+  const float before = top == found ? 1.f : std::exp(top - found);
+  const Vec steep(scale * LOG2_E), level(-found * LOG2_E);
   Vec sum(0.f);
-  for (int64_t j = 0; j < KEYS; j += LANES) {
+  const int64_t begin = from / LANES * LANES, end = round_up(to, LANES);
+  std::fill_n(powers, begin, BF(0.f));
+  for (int64_t j = begin; j < end; j += LANES) {
     const __mmask16 kept = lanes(j, from, to);
-    const __m512 zeroed = _mm512_maskz_mov_ps(kept, exponential(Vec::loadu(scores + j) * Vec(scale) - Vec(found)));
+    const __m512 zeroed = _mm512_maskz_mov_ps(kept, power_of_two(at::vec::fmadd(Vec::loadu(scores + j), steep, level)));
     sum = sum + Vec(zeroed);
     store_bf16(powers + j, zeroed);
   }
+  std::fill_n(powers + end, KEYS - end, BF(0.f));
   if (before != 1.f)
     for (int64_t d = 0; d < width; ++d) out[d] *= before;
   total = total * before + _mm512_reduce_add_ps(sum);
@@ -153,8 +157,9 @@ struct Forward {
     }
     for (int64_t i = 0; i < count; ++i) {
       lse[start + i] = top[i] + std::log(total[i]);
-      const float share = 1.f / total[i];
-      for (int64_t d = 0; d < p.width; ++d) to.at(start + i)[d] = BF(out[i * p.width + d] * share);
+      const Vec share(1.f / total[i]);
+      for (int64_t d = 0; d < p.width; d += LANES)
+        store_bf16(to.at(start + i) + d, Vec::loadu(out.data() + i * p.width + d) * share);
     }
   }
 };
@@ -182,7 +187,7 @@ struct Backward {
       for (int64_t i = 0; i < QUERIES; ++i)
         delta[i] = i < count ? dot(grad.at(start + i), out.at(start + i), p.width) : 0.f;
       float lse_tile[QUERIES] = {};
-      std::copy_n(lse + start, count, lse_tile);
+      for (int64_t i = 0; i < count; ++i) lse_tile[i] = lse[start + i] * LOG2_E;
       const auto [low, high] = seen.of_tile(start, count);
       for (int64_t keys = low; keys < high; keys += KEYS)
         tile(key, value, seen, start, keys, keys != low, lse_tile);
@@ -210,6 +215,7 @@ struct Backward {
   // Probabilities and gradients of scores, two keys at a time: the pair is also what the queries' product reads.
   void soften(const Seen& seen, int64_t start, int64_t keys, int64_t count, const float* lse) {
     const __m512 scale = _mm512_set1_ps(p.scale);
+    const Vec steep(p.scale * LOG2_E);
     for (int64_t j = 0; j < KEYS; j += 2)
       for (int64_t i = 0; i < QUERIES; i += LANES) {
         const __m512i first = _mm512_loadu_si512(seen.first.data() + start + i);
@@ -221,8 +227,13 @@ struct Backward {
           const __mmask16 kept = j + k < count
               ? _mm512_cmple_epi32_mask(first, index) & _mm512_cmplt_epi32_mask(index, end)
               : 0;
-          const Vec score = Vec::loadu(scores.data() + place) * Vec(scale);
-          const __m512 prob = _mm512_maskz_mov_ps(kept, exponential(score - Vec::loadu(lse + i)));
+          if (!kept) {
+            both[k] = store_bf16(probs.data() + place, _mm512_setzero_ps());
+            store_bf16(grad_scores.data() + place, _mm512_setzero_ps());
+            continue;
+          }
+          const Vec power = at::vec::fmsub(Vec::loadu(scores.data() + place), steep, Vec::loadu(lse + i));
+          const __m512 prob = _mm512_maskz_mov_ps(kept, power_of_two(power));
           const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(grad_probs.data() + place),
                                                _mm512_loadu_ps(delta.data() + i));
           const __m512 grad = _mm512_maskz_mul_ps(kept, _mm512_mul_ps(prob, scale), centred);

@@ -1,0 +1,62 @@
+"""Products of linear layers in compiled CPU steps, with the gradient of the weight by a kernel of our own.
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmssl.model.native import kernel, pointer, threads
+
+
+@torch.library.custom_op("lmssl::weight_gradient", mutates_args=())
+def weight_gradient(grad_NO: Tensor, hidden_NI: Tensor) -> Tensor:
+    """`grad.T @ hidden`, [O, I], summed and kept in float32.
+
+    Args:
+        grad_NO, hidden_NI: bfloat16; O and I are multiples of 16.
+    """
+    grad_NO, hidden_NI = grad_NO.contiguous(), hidden_NI.contiguous()
+    (tokens, outputs), inputs = grad_NO.shape, hidden_NI.shape[1]
+    out = grad_NO.new_empty((outputs, inputs), dtype=torch.float32)
+    sizes = map(ctypes.c_int64, (tokens, outputs, inputs))
+    kernel("lmssl_weight_gradient")(pointer(grad_NO), pointer(hidden_NI), *sizes, pointer(out), threads())
+    return out
+
+
+@weight_gradient.register_fake
+def _weight_shape(grad_NO: Tensor, hidden_NI: Tensor) -> Tensor:
+    return grad_NO.new_empty((grad_NO.shape[1], hidden_NI.shape[1]), dtype=torch.float32)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_OI: Tensor) -> Tensor:
+        narrow, weight = hidden.to(torch.bfloat16), weight_OI.to(torch.bfloat16)
+        ctx.save_for_backward(narrow, weight)
+        ctx.dtypes = hidden.dtype, weight_OI.dtype
+        return F.linear(narrow, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        narrow, weight = ctx.saved_tensors
+        of_hidden = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_hidden = (grads[0] @ weight).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            of_weight = weight_gradient(grads[0].flatten(0, -2), narrow.flatten(0, -2)).to(ctx.dtypes[1])
+        return of_hidden, of_weight
+
+
+def linear(hidden: Tensor, weight_OI: Tensor) -> Tensor:
+    """`F.linear` without a bias, in bfloat16, for graphs that are compiled under bf16 autocast."""
+    if any(size % 16 for size in weight_OI.shape):
+        return F.linear(hidden, weight_OI)
+    found: Tensor = _Linear.apply(hidden, weight_OI)  # type: ignore[no-untyped-call]
+    return found
