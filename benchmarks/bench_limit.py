@@ -4,8 +4,8 @@
 
 The products are written down while one compiled step runs (with --tiny a plain one): every multiplication in the step's
 precision with its shapes and strides, forward and both backward ones, the head's at targets included, in the step's
-order. Then they are run alone, one after the other, on operands that exist already and into results that exist already.
-A second time each runs with operands laid out in the way that is fastest for it. Attention's products are apart: where
+order. Then they are run alone, one after the other, on operands that exist already and, by torch, into results that exist
+already. A second time torch makes them all, and a third time each with operands laid out in the way that is fastest. Attention's products are apart: where
 our kernel makes them, those of the tiles that it visits for the batch's documents, at the rate of the other products;
 elsewhere they are timed (causal: over four blocks of queries, as the compiled step has them). Limit and step are
 processes of their own, A B A B. The share is seconds of all products / seconds of a step of `lmssl train`. Results are
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from entrants import MODELS, ours, prepare, recipe_of
@@ -31,7 +31,7 @@ from record import inner, place, without_compiling, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmssl.model import native
+from lmssl.model import linear, native
 from lmssl.model.attention import loop_from_tokens
 from lmssl.model.products import _blocks
 from lmssl.objective.base import MicroBatch, SumObjective
@@ -45,7 +45,15 @@ TILE = 128
 
 Operand = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
-Product = tuple[Operand, Operand]
+
+
+class Product(NamedTuple):
+    """One multiplication."""
+
+    left: Operand
+    right: Operand
+    ours: bool = False
+    """Made by our kernel for gradients of weights, which turns the left side itself."""
 
 
 class Products(TorchDispatchMode):
@@ -65,10 +73,10 @@ class Products(TorchDispatchMode):
         if kind.startswith("aten._scaled_dot_product") and "backward" not in kind:
             self.attention.append(tuple(args[0].shape))
         if kind == "lmssl.plus_product.default":  # turns its left side first, and multiplies part by part
-            self.weights.append((_operand(args[1].t().contiguous()), _operand(args[2])))
+            self.weights.append(Product(_operand(args[1].t().contiguous()), _operand(args[2])))
         pair = args[:2] if kind == "aten.mm.default" else args[1:3] if kind == "aten.addmm.default" else ()
         if pair and pair[0].dtype == self.dtype:
-            self.weights.append((_operand(pair[0]), _operand(pair[1])))
+            self.weights.append(Product(_operand(pair[0]), _operand(pair[1])))
         return func(*args, **(kwargs or {}))
 
 
@@ -86,17 +94,25 @@ def compiled_products(dtype: torch.dtype) -> Iterator[list[Product]]:
     def noted(multiply: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
         def run(*args: Any, **kwargs: Any) -> Tensor:
             if args[first].dtype == dtype:
-                found.append((_operand(args[first]), _operand(args[first + 1])))
+                found.append(Product(_operand(args[first]), _operand(args[first + 1])))
             return multiply(*args, **kwargs)
 
         return run
 
+    def kernel(name: str) -> Callable[..., Any]:
+        def run(grad: Any, hidden: Any, tokens: Any, outputs: Any, inputs: Any, *rest: Any) -> None:
+            left, right = (outputs.value, tokens.value), (tokens.value, inputs.value)
+            found.append(Product((left, (1, left[0])), (right, (right[1], 1)), ours=True))
+            native.kernel(name)(grad, hidden, tokens, outputs, inputs, *rest)
+
+        return run
+
     before = extern_kernels.mm, extern_kernels.addmm
-    extern_kernels.mm, extern_kernels.addmm = noted(torch.mm, 0), noted(torch.addmm, 1)
+    extern_kernels.mm, extern_kernels.addmm, linear.kernel = noted(torch.mm, 0), noted(torch.addmm, 1), kernel
     try:
         yield found
     finally:
-        extern_kernels.mm, extern_kernels.addmm = before
+        (extern_kernels.mm, extern_kernels.addmm), linear.kernel = before, native.kernel
 
 
 def steps(recipe: Recipe) -> Products:
@@ -138,8 +154,11 @@ def filled(operand: Operand, dtype: torch.dtype) -> Tensor:
 def calls(products: list[Product], dtype: torch.dtype) -> list[Callable[[], Any]]:
     """Each product on tensors of its own."""
     made = []
-    for left, right in products:
+    for left, right, ours in products:
         a, b = filled(left, dtype), filled(right, dtype)
+        if ours:
+            made.append(lambda a=a, b=b: linear.weight_gradient(a.t(), b))
+            continue
         out = torch.empty(left[0][0], right[0][1], dtype=dtype)
         made.append(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
     return made
@@ -148,15 +167,15 @@ def calls(products: list[Product], dtype: torch.dtype) -> list[Callable[[], Any]
 def fastest(products: list[Product], times: int, dtype: torch.dtype) -> list[Product]:
     """The same products with each operand as rows or as columns, whichever pair is fastest for its shape."""
     chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], Product] = {}
-    for (left, _), (right, _) in products:
+    for (left, _), (right, _), _ours in products:
         if (left, right) in chosen:
             continue
         found = []
         for a in ((left, (left[1], 1)), (left, (1, left[0]))):
             for b in ((right, (right[1], 1)), (right, (1, right[0]))):
-                found.append((seconds(calls([(a, b)], dtype), times), (a, b)))
+                found.append((seconds(calls([Product(a, b)], dtype), times), Product(a, b)))
         chosen[left, right] = min(found)[1]
-    return [chosen[left[0], right[0]] for left, right in products]
+    return [chosen[left[0], right[0]] for left, right, _ours in products]
 
 
 def tiles(segments: Tensor, causal: bool) -> int:
@@ -209,7 +228,7 @@ def seconds(made: list[Callable[[], Any]], times: int) -> float:
 
 def flops(products: list[Product]) -> float:
     """A multiplication and an addition for each pair."""
-    return float(sum(2 * left[0] * left[1] * right[1] for (left, _), (right, _) in products))
+    return float(sum(2 * left[0] * left[1] * right[1] for (left, _), (right, _), _ours in products))
 
 
 def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -223,6 +242,7 @@ def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     row = {
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds(calls(products, dtype), args.times),
+        "torch_seconds": seconds(calls([Product(left, right) for left, right, _ours in products], dtype), args.times),
         "fastest_seconds": seconds(calls(fastest(products, args.times, dtype), dtype), args.times),
         "flops": flops(products),
         "num_products": len(products),
