@@ -4,12 +4,12 @@
 
 The products are written down while one compiled step runs (with --tiny a plain one): every multiplication in the step's
 precision with its shapes and strides, forward and both backward ones, the head's at targets included, in the step's
-order. Then they are run alone, one after the other, on operands that exist already and, by torch, into results that exist
-already. A second time torch makes them all, and a third time each with operands laid out in the way that is fastest. Attention's products are apart: where
-our kernel makes them, those of the tiles that it visits for the batch's documents, at the rate of the other products;
-elsewhere they are timed (causal: over four blocks of queries, as the compiled step has them). Limit and step are
-processes of their own, A B A B. The share is seconds of all products / seconds of a step of `lmssl train`. Results are
-appended to benchmarks/results/limit.jsonl.
+order. Then they are run alone, one after the other, on operands that exist already, those of torch into results that
+exist already too. A second time torch makes them all, and a third time each with operands laid out as is fastest for
+it. Attention's products are apart: where our kernel makes them, those of the tiles that it visits for the batch's
+documents, at the rate of the other products; elsewhere they are timed (causal: over four blocks of queries, as the
+compiled step has them). Limit and step are processes of their own, A B A B. The share is seconds of all products /
+seconds of a step of `lmssl train`. Results are appended to benchmarks/results/limit.jsonl.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Product(NamedTuple):
 
     left: Operand
     right: Operand
-    ours: bool = False
+    by_kernel: bool = False
     """Made by our kernel for gradients of weights, which turns the left side itself."""
 
 
@@ -102,7 +102,7 @@ def compiled_products(dtype: torch.dtype) -> Iterator[list[Product]]:
     def kernel(name: str) -> Callable[..., Any]:
         def run(grad: Any, hidden: Any, tokens: Any, outputs: Any, inputs: Any, *rest: Any) -> None:
             left, right = (outputs.value, tokens.value), (tokens.value, inputs.value)
-            found.append(Product((left, (1, left[0])), (right, (right[1], 1)), ours=True))
+            found.append(Product((left, (1, left[0])), (right, (right[1], 1)), by_kernel=True))
             native.kernel(name)(grad, hidden, tokens, outputs, inputs, *rest)
 
         return run
@@ -154,9 +154,9 @@ def filled(operand: Operand, dtype: torch.dtype) -> Tensor:
 def calls(products: list[Product], dtype: torch.dtype) -> list[Callable[[], Any]]:
     """Each product on tensors of its own."""
     made = []
-    for left, right, ours in products:
+    for left, right, by_kernel in products:
         a, b = filled(left, dtype), filled(right, dtype)
-        if ours:
+        if by_kernel:
             made.append(lambda a=a, b=b: linear.weight_gradient(a.t(), b))
             continue
         out = torch.empty(left[0][0], right[0][1], dtype=dtype)
@@ -167,7 +167,7 @@ def calls(products: list[Product], dtype: torch.dtype) -> list[Callable[[], Any]
 def fastest(products: list[Product], times: int, dtype: torch.dtype) -> list[Product]:
     """The same products with each operand as rows or as columns, whichever pair is fastest for its shape."""
     chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], Product] = {}
-    for (left, _), (right, _), _ours in products:
+    for (left, _), (right, _), _ in products:
         if (left, right) in chosen:
             continue
         found = []
@@ -175,7 +175,7 @@ def fastest(products: list[Product], times: int, dtype: torch.dtype) -> list[Pro
             for b in ((right, (right[1], 1)), (right, (1, right[0]))):
                 found.append((seconds(calls([Product(a, b)], dtype), times), Product(a, b)))
         chosen[left, right] = min(found)[1]
-    return [chosen[left[0], right[0]] for left, right, _ours in products]
+    return [chosen[left[0], right[0]] for left, right, _ in products]
 
 
 def tiles(segments: Tensor, causal: bool) -> int:
@@ -228,7 +228,7 @@ def seconds(made: list[Callable[[], Any]], times: int) -> float:
 
 def flops(products: list[Product]) -> float:
     """A multiplication and an addition for each pair."""
-    return float(sum(2 * left[0] * left[1] * right[1] for (left, _), (right, _), _ours in products))
+    return float(sum(2 * left[0] * left[1] * right[1] for (left, _), (right, _), _ in products))
 
 
 def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     row = {
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds(calls(products, dtype), args.times),
-        "torch_seconds": seconds(calls([Product(left, right) for left, right, _ours in products], dtype), args.times),
+        "torch_seconds": seconds(calls([Product(left, right) for left, right, _ in products], dtype), args.times),
         "fastest_seconds": seconds(calls(fastest(products, args.times, dtype), dtype), args.times),
         "flops": flops(products),
         "num_products": len(products),
