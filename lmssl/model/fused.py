@@ -34,6 +34,8 @@ def fuse_layers(module: nn.Module) -> None:
             _attend_joined(part, _ATTENTIONS[type(part).__name__])
         elif type(part).__name__ in _RESIDUAL and part.dense.out_features % 16 == 0:
             _when_compiled(part, _residual)
+        elif type(part).__name__ in _TRANSFORMS and type(_activation(part)) is GELUActivation:
+            _when_compiled(part, _transform)
         elif hasattr(part, "intermediate_act_fn") and type(part.intermediate_act_fn) is GELUActivation:
             _when_compiled(part, _intermediate)
         elif type(part).__name__ in _GATED and isinstance(part.act_fn, nn.SiLU | SiLUActivation):
@@ -47,6 +49,8 @@ _GATED = ("LlamaMLP", "Qwen3MLP", "EuroBertMLP")
 _FAMILY = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
 _RESIDUAL = (*(f"{kind}SelfOutput" for kind in _FAMILY), *(f"{kind}Output" for kind in _FAMILY))
 """Classes whose forward is `LayerNorm(dropout(dense(hidden)) + around)`."""
+_TRANSFORMS = ("BertPredictionHeadTransform", "ElectraGeneratorPredictions")
+"""Classes whose forward is `LayerNorm(gelu(dense(hidden)))`."""
 _ROTARY, _BERT = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
 _ATTENTIONS = {
     **dict.fromkeys(("LlamaAttention", "EuroBertAttention"), _ROTARY),
@@ -103,13 +107,12 @@ def _attend_joined(part: Any, names: tuple[str, str, str]) -> None:
             return forward(part, hidden_states, *args, **kwargs)
         three = [getattr(part, name) for name in names]
         product = linear(hidden_states, torch.cat([one.weight for one in three]))
-        if three[0].bias is not None:
-            product = product + torch.cat([one.bias for one in three]).to(product.dtype)
+        bias = None if three[0].bias is None else torch.cat([one.bias for one in three])
         cos, sin = kwargs.get("position_embeddings") or (None, None)
         width, causal = _head_width(part), bool(kwargs["document_causal"])
         heads = three[0].out_features // width
         context, _lse = joined_attention(
-            product, heads, width, cos, sin, kwargs["document_segments"], causal, part.scaling
+            product, bias, heads, width, cos, sin, kwargs["document_segments"], causal, part.scaling
         )
         return part.o_proj(context) if names == _ROTARY else context, None
 
@@ -135,6 +138,16 @@ def _fits(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _intermediate(part: Any, hidden: Tensor) -> Tensor:
     """Of BERT's family."""
     found: Tensor = gelu(linear(hidden, part.dense.weight), part.dense.bias)
+    return found
+
+
+def _activation(part: Any) -> Any:
+    return part.transform_act_fn if hasattr(part, "transform_act_fn") else part.activation
+
+
+def _transform(part: Any, hidden: Tensor) -> Tensor:
+    """What comes before the output embedding; torch's compiler would take the error function once for every sum."""
+    found: Tensor = part.LayerNorm(gelu(linear(hidden, part.dense.weight), part.dense.bias))
     return found
 
 

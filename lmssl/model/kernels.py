@@ -50,7 +50,7 @@ def attention(
     """
     query, key, value = (_by_width(x) for x in (query, key, value))
     out, lse = _inside_tokens(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    _attend(_Case(causal, scale, window), segments, (None, None), (query, key, value, out), lse)
+    _attend(_Case(causal, scale, window), segments, (None, None, None), (query, key, value, out), lse)
     return out, lse
 
 
@@ -78,7 +78,7 @@ def _attention_gradients(
     grad, query, key, value, out = (_by_width(x) for x in (grad, query, key, value, out))
     found = _inside_tokens(query), _inside_tokens(key), _inside_tokens(value)
     case = _Case(causal, scale, window)
-    _attend(case, segments, (None, None), (query, key, value, out, grad, *found), lse.contiguous())
+    _attend(case, segments, (None, None, None), (query, key, value, out, grad, *found), lse.contiguous())
     return found
 
 
@@ -105,6 +105,7 @@ attention.register_autograd(_backward, setup_context=_save_for_backward)
 @torch.library.custom_op("lmssl::joined_attention", mutates_args=())
 def joined_attention(
     product: Tensor,
+    bias: Tensor | None,
     heads: int,
     width: int,
     cos: Tensor | None,
@@ -117,6 +118,7 @@ def joined_attention(
 
     Args:
         product: [B, T, (H + 2 G) * D], bfloat16: queries of all heads, then keys, then values.
+        bias: [(H + 2 G) * D], float32, added to it; None: nothing.
         heads, width: H and D.
         cos, sin: [B or 1, T, D], float32, of rotary positions; None: queries and keys are not rotated.
     Source: the rotation is transformers' `apply_rotary_pos_emb`, in float32.
@@ -126,12 +128,12 @@ def joined_attention(
     out = product.new_empty(batch, length, heads * width)
     lse = product.new_empty((batch, heads, length), dtype=torch.float32)
     tensors = (*_parts(product, heads, width), out.view(batch, length, heads, width).transpose(1, 2))
-    _attend(_Case(causal, scale, 0), segments, (cos, sin), tensors, lse)
+    _attend(_Case(causal, scale, 0), segments, (cos, sin, bias), tensors, lse)
     return out, lse
 
 
 @joined_attention.register_fake
-def _joined_shapes(product: Tensor, heads: int, width: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _joined_shapes(product: Tensor, bias: Tensor | None, heads: int, width: int, *_: Any) -> tuple[Tensor, Tensor]:
     batch, length = product.shape[:2]
     lse = product.new_empty((batch, heads, length), dtype=torch.float32)
     return product.new_empty(batch, length, heads * width), lse
@@ -141,6 +143,7 @@ def _joined_shapes(product: Tensor, heads: int, width: int, *_: Any) -> tuple[Te
 def _joined_gradient(
     grad: Tensor,
     product: Tensor,
+    bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     cos: Tensor | None,
@@ -148,30 +151,36 @@ def _joined_gradient(
     segments: Tensor | None,
     causal: bool,
     scale: float,
-) -> Tensor:
-    """Gradient with respect to the product."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the product, and of the bias by sequences, [B, (H + 2 G) * D] or [0]."""
     product, heads = product.contiguous(), lse.shape[1]
     batch, length = product.shape[:2]
     width = out.shape[-1] // heads
-    found = torch.empty_like(product)
+    found, of_bias = torch.empty_like(product), _by_sequences(product, bias)
     whole = (x.contiguous().view(batch, length, heads, width).transpose(1, 2) for x in (out, grad))
     tensors = (*_parts(product, heads, width), *whole, *_parts(found, heads, width))
-    _attend(_Case(causal, scale, 0), segments, (cos, sin), tensors, lse.contiguous())
-    return found
+    _attend(_Case(causal, scale, 0), segments, (cos, sin, bias), tensors, lse.contiguous(), of_bias)
+    return found, of_bias
 
 
 @_joined_gradient.register_fake
-def _joined_gradient_shape(grad: Tensor, product: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(product, memory_format=torch.contiguous_format)
+def _joined_gradient_shape(grad: Tensor, product: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(product, memory_format=torch.contiguous_format), _by_sequences(product, bias)
+
+
+def _by_sequences(product: Tensor, bias: Tensor | None) -> Tensor:
+    shape = (0,) if bias is None else (product.shape[0], product.shape[2])
+    return product.new_empty(shape, dtype=torch.float32)
 
 
 def _save_joined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    product, _, _, cos, sin, segments, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(product, *output, cos, sin, segments)
+    product, bias, _, _, cos, sin, segments, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(product, bias, *output, cos, sin, segments)
 
 
 def _joined_backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    return (_joined_gradient(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), *(None,) * 7)
+    of_product, of_bias = _joined_gradient(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return (of_product, of_bias.sum(0) if ctx.needs_input_grad[1] else None, *(None,) * 7)
 
 
 joined_attention.register_autograd(_joined_backward, setup_context=_save_joined)
@@ -186,22 +195,31 @@ class _Case(NamedTuple):
 def _attend(
     case: _Case,
     segments: Tensor | None,
-    rotation: tuple[Tensor | None, Tensor | None],
+    prepared: tuple[Tensor | None, Tensor | None, Tensor | None],
     tensors: Sequence[Tensor],
     lse: Tensor,
+    of_bias: Tensor | None = None,
 ) -> None:
-    """Attention of query, key and value into out, or, with out and its gradient given, into their gradients."""
+    """Attention of query, key and value into out, or, with out and its gradient given, into their gradients.
+
+    Args:
+        prepared: cos, sin and bias of queries and keys, and of values the bias.
+        of_bias: room for its gradients; empty or None: there is none.
+    """
     (batch, heads, length, width), groups = tensors[0].shape, tensors[1].shape[1]
-    cos, sin = (None if x is None else x.float().contiguous() for x in rotation)
+    cos, sin, bias = (None if x is None else x.float().contiguous() for x in prepared)
     stride = 0 if cos is None or cos.shape[0] == 1 else length * width
     sizes = integers(batch, heads, groups, length, width, case.window, int(case.causal), stride)
     segments = None if segments is None else segments.to(torch.int64).contiguous()
     strides = integers(*(x.stride(dim) for x in tensors for dim in (0, 2, 1)))  # of sequence, token and head
     backward = len(tensors) > 4
     inputs, outputs = (tensors[:5], tensors[5:]) if backward else (tensors[:4], ())
-    pointers = (pointer(x) for x in (segments, cos, sin))
+    places = [pointer(x) for x in (*inputs, lse, *outputs)]
+    if backward:
+        places.append(pointer(None if bias is None else of_bias))
+    pointers = (pointer(x) for x in (segments, cos, sin, bias))
     kernel("lmssl_attention_backward" if backward else "lmssl_attention")(
-        sizes, ctypes.c_float(case.scale), *pointers, strides, *map(pointer, (*inputs, lse, *outputs)), threads()
+        sizes, ctypes.c_float(case.scale), *pointers, strides, *places, threads()
     )
 
 

@@ -14,7 +14,7 @@ from kinds import tiny
 from lmssl.model import native
 from lmssl.model.attention import document_kwargs
 from lmssl.model.build import build_model
-from lmssl.model.encoder import encode
+from lmssl.model.encoder import encode, masked_head
 from lmssl.model.fused import fuse_layers
 from lmssl.model.layers import recompute_layers
 
@@ -89,6 +89,30 @@ def test_compiled_pieces_compute_what_the_stock_ones_do(kind: str, recomputed: b
     for name, wanted in exact.items():
         ours, theirs = (float((found[name] - wanted).detach().norm()) for found in (fused, plain))
         assert ours < 1.2 * theirs + 1e-3 * whole, name  # as near to exact as what autocast rounds anyway
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bert", "electra"])
+def test_what_comes_before_the_output_embedding(kind: str) -> None:
+    assert native.load()
+    model = made(kind)
+    fuse_layers(model)
+    transform, states = masked_head(model).transform, torch.randn(30, 64)
+
+    def run(states: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return transform(states)
+
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    found = torch.compile(run, backend=backend, dynamic=False)(states)
+    assert any("lmssl.gelu" in name for name in seen)
+    torch.testing.assert_close(found.float(), transform(states), rtol=0.03, atol=0.03)
 
 
 @needs_kernels

@@ -97,7 +97,10 @@ def test_attention_and_its_gradients(
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(3, 3, 64), (4, 2, 32)])
 @pytest.mark.parametrize("rotations", [0, 1, 2])
-def test_joined_attention_rotates_and_has_one_gradient(heads: int, groups: int, width: int, rotations: int) -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_joined_attention_rotates_and_has_one_gradient(
+    heads: int, groups: int, width: int, rotations: int, biased: bool
+) -> None:
     torch.manual_seed(4)
     length, size = 150, (heads + 2 * groups) * width
     product = torch.randn(2, length, size).bfloat16().requires_grad_()
@@ -105,17 +108,19 @@ def test_joined_attention_rotates_and_has_one_gradient(heads: int, groups: int, 
     angles = torch.rand(max(rotations, 1), length, width // 2) * 7
     cos, sin = (torch.cat([turn(angles)] * 2, dim=-1) for turn in (torch.cos, torch.sin))
     rotation = (cos, sin) if rotations else (None, None)
-    out, lse = kernels.joined_attention(product, heads, width, *rotation, segments, True, 0.2)
-    (found,) = torch.autograd.grad(out, product, grad)
-    exact = product.detach().float().requires_grad_()
-    every = exact.view(2, length, -1, width).transpose(1, 2)
+    bias = (torch.randn(size) / 4).requires_grad_() if biased else None
+    out, lse = kernels.joined_attention(product, bias, heads, width, *rotation, segments, True, 0.2)
+    inputs = [product, bias] if biased else [product]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    every = sum(exact).view(2, length, -1, width).transpose(1, 2)
     q, k, v = every.tensor_split([heads, heads + groups], dim=1)
     if rotations:
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
     wanted = plain(q, k, v, segments, True, 0.2, 0).transpose(1, 2).flatten(2)
     assert lse.shape == (2, heads, length)
     assert relative(out, wanted) < 0.005
-    assert relative(found, torch.autograd.grad(wanted, exact, grad.float())[0]) < 0.006
+    found, expected = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(wanted, exact, grad.float())
+    assert all(relative(a, b) < 0.006 for a, b in zip(found, expected, strict=True))
 
 
 def test_an_embeddings_gradient_is_summed_by_rows() -> None:
@@ -264,9 +269,11 @@ def test_operators_keep_torchs_contracts() -> None:
     q, k, v = (torch.randn(1, 2, 20, 32).bfloat16().requires_grad_() for _ in range(3))
     vector, around = torch.randn(32, requires_grad=True), torch.randn(4, 32, requires_grad=True)
     wide, joined = (torch.randn(size).bfloat16().requires_grad_() for size in ((4, 32), (1, 20, 192)))
+    bias = torch.randn(192, requires_grad=True)
     for operator, arguments in (
         (torch.ops.lmssl.native_attention.default, (q, k, v, torch.ones(1, 20), True, 0.3, 0)),
-        (torch.ops.lmssl.joined_attention.default, (joined, 2, 32, None, None, torch.ones(1, 20), True, 0.3)),
+        (torch.ops.lmssl.joined_attention.default, (joined, None, 2, 32, None, None, torch.ones(1, 20), True, 0.3)),
+        (torch.ops.lmssl.joined_attention.default, (joined, bias, 2, 32, None, None, None, False, 0.3)),
         (torch.ops.lmssl.embedding_gradient.default, (torch.randn(4, 32), torch.arange(4), 9, -1)),
         (
             torch.ops.lmssl.tied_gradient.default,

@@ -23,14 +23,20 @@ struct Problem {
   const int64_t* segments;  // [B, T], or null: a sequence is one document
   const float* cos;         // of rotary positions, [B or 1, T, D], or null: queries and keys are not rotated
   const float* sin;
+  const float* bias;        // of queries of all heads, then keys, then values, or null
   int64_t rotation_stride;  // of sequences; 0: all have the same
 
   int64_t padded() const { return round_up(length, KEYS); }
+
+  // What is added to the tokens of a head, counted from the first of queries, or null.
+  const float* bias_of(int64_t head) const { return bias ? bias + head * width : nullptr; }
 };
 
 // sizes: B, H, G, T, D, window (0: none), causal, stride of rotation.
-Problem problem(const int64_t* sizes, float scale, const int64_t* segments, const float* cos, const float* sin) {
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6] != 0, scale, segments, cos, sin, sizes[7]};
+Problem problem(const int64_t* sizes, float scale, const int64_t* segments, const float* cos, const float* sin,
+                const float* bias) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6] != 0, scale,
+          segments, cos,      sin,      bias,     sizes[7]};
 }
 
 // Rotates halves of rows against each other by a position's angles, as transformers does; `back`: the other way round.
@@ -44,30 +50,37 @@ inline void rotate(const Problem& p, int64_t sequence, int64_t position, Vec& fi
   second = back ? second * cos_2 - before * sin_1 : second * cos_2 + before * sin_2;
 }
 
-// Tokens of a head as products want them: rotated into `room`, or as they are.
-Rows rotated(const Problem& p, int64_t sequence, const Rows& from, Buffer<BF>& room) {
-  if (!p.cos) return from;
+// Tokens of a head as products want them: with their bias, and rotated, in `room`, or as they are.
+Rows prepared(const Problem& p, int64_t sequence, const Rows& from, const float* bias, bool turns, Buffer<BF>& room) {
+  turns = turns && p.cos;
+  if (!turns && !bias) return from;
   const int64_t half = p.width / 2;
   for (int64_t i = 0; i < p.length; ++i)
     for (int64_t d = 0; d < half; d += LANES) {
       Vec first = load_bf16(from.at(i) + d, 0xffff), second = load_bf16(from.at(i) + d + half, 0xffff);
-      rotate<false>(p, sequence, i, first, second, d);
+      if (bias) {
+        first = first + Vec::loadu(bias + d);
+        second = second + Vec::loadu(bias + d + half);
+      }
+      if (turns) rotate<false>(p, sequence, i, first, second, d);
       store_bf16(room.data() + i * p.width + d, first);
       store_bf16(room.data() + i * p.width + d + half, second);
     }
   return {room.data(), p.width};
 }
 
-// The gradient of a token from that of what it was rotated to, which is overwritten.
-void store_gradient(const Problem& p, int64_t sequence, int64_t position, float* from, BF* to) {
+// The gradient of a token from that of what it was rotated to, which is overwritten; added to the bias's, if any.
+void store_gradient(const Problem& p, int64_t sequence, int64_t position, bool turns, float* from, BF* to, float* sums) {
   const int64_t half = p.width / 2;
-  if (p.cos)
+  if (turns && p.cos)
     for (int64_t d = 0; d < half; d += LANES) {
       Vec first = Vec::loadu(from + d), second = Vec::loadu(from + d + half);
       rotate<true>(p, sequence, position, first, second, d);
       first.store(from + d);
       second.store(from + d + half);
     }
+  if (sums)
+    for (int64_t d = 0; d < p.width; ++d) sums[d] += from[d];
   store_row(to, from, p.width);
 }
 
@@ -122,11 +135,12 @@ void soften(const float* scores, BF* powers, float* out, int64_t width, int64_t 
 
 struct Forward {
   const Problem& p;
-  Buffer<BF> queries, keys, key_t, value_pairs, powers;
+  Buffer<BF> queries, keys, values, key_t, value_pairs, powers;
   Buffer<float> scores, out;
 
   explicit Forward(const Problem& p)
-      : p(p), queries(p.length * p.width), keys(p.length * p.width), key_t(p.width * p.padded()), value_pairs(p.padded() * p.width), powers(QUERIES * KEYS),
+      : p(p), queries(p.length * p.width), keys(p.length * p.width), values(p.length * p.width),
+        key_t(p.width * p.padded()), value_pairs(p.padded() * p.width), powers(QUERIES * KEYS),
         scores(QUERIES * KEYS), out(QUERIES * p.width) {}
 
   void head(const Rows& query, const Rows& to, const Seen& seen, float* lse) {
@@ -166,18 +180,19 @@ struct Forward {
 
 struct Backward {
   const Problem& p;
-  Buffer<BF> queries, keys, key_turned, query_t, grad_t, query_pairs, grad_pairs, probs, grad_scores, score_pairs;
+  Buffer<BF> queries, keys, values, key_turned, query_t, grad_t, query_pairs, grad_pairs, probs, grad_scores, score_pairs;
   Buffer<float> scores, grad_probs, of_query_t, of_query, of_key, of_value, delta;
 
   explicit Backward(const Problem& p)
-      : p(p), queries(p.length * p.width), keys(p.length * p.width), key_turned(p.width * p.padded()), query_t(p.width * QUERIES), grad_t(p.width * QUERIES),
+      : p(p), queries(p.length * p.width), keys(p.length * p.width), values(p.length * p.width),
+        key_turned(p.width * p.padded()), query_t(p.width * QUERIES), grad_t(p.width * QUERIES),
         query_pairs(QUERIES * p.width), grad_pairs(QUERIES * p.width), probs(KEYS * QUERIES),
         grad_scores(KEYS * QUERIES), score_pairs(KEYS * QUERIES), scores(KEYS * QUERIES), grad_probs(KEYS * QUERIES),
         of_query_t(p.width * QUERIES), of_query(QUERIES * p.width), of_key(p.padded() * p.width),
         of_value(p.padded() * p.width), delta(QUERIES) {}
 
   void head(int64_t sequence, const Rows& query, const Rows& key, const Rows& value, const Rows& out, const Rows& grad,
-            const Rows& to, const Seen& seen, const float* lse) {
+            const Rows& to, const Seen& seen, const float* lse, float* of_bias) {
     for (int64_t start = 0; start < p.length; start += QUERIES) {
       const int64_t count = std::min(QUERIES, p.length - start);
       pack_transposed(query, start, count, p.width, QUERIES, query_t.data());
@@ -193,7 +208,7 @@ struct Backward {
         tile(key, value, seen, start, keys, keys != low, lse_tile);
       turn(of_query_t.data(), p.width, QUERIES, of_query.data());
       for (int64_t i = 0; i < count; ++i)
-        store_gradient(p, sequence, start + i, of_query.data() + i * p.width, to.at(start + i));
+        store_gradient(p, sequence, start + i, true, of_query.data() + i * p.width, to.at(start + i), of_bias);
     }
   }
 
@@ -251,52 +266,68 @@ extern "C" {
 
 // strides: of sequence, token and head of query, key, value, out.
 void lmssl_attention(const int64_t* sizes, float scale, const int64_t* segments, const float* cos, const float* sin,
-                     const int64_t* strides, const BF* query, const BF* key, const BF* value, BF* out, float* lse, int32_t threads) {
-  const Problem p = problem(sizes, scale, segments, cos, sin);
+                     const float* bias, const int64_t* strides, const BF* query, const BF* key, const BF* value,
+                     BF* out, float* lse, int32_t threads) {
+  const Problem p = problem(sizes, scale, segments, cos, sin, bias);
 #pragma omp parallel num_threads(threads)
   {
     Forward forward(p);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < p.batch * p.groups; ++task) {
       const int64_t row = task / p.groups, group = task % p.groups, times = p.heads / p.groups;
+      const int64_t key_at = p.heads + group, value_at = key_at + p.groups;  // among heads of all kinds
       const Seen seen(p, row);
-      const Rows keys = rotated(p, row, rows(key, strides + 3, row, group), forward.keys);
+      const Rows keys = prepared(p, row, rows(key, strides + 3, row, group), p.bias_of(key_at), true, forward.keys);
+      const Rows values =
+          prepared(p, row, rows(value, strides + 6, row, group), p.bias_of(value_at), false, forward.values);
       pack_transposed(keys, 0, p.length, p.width, p.padded(), forward.key_t.data());
-      pack_pairs(rows(value, strides + 6, row, group), 0, p.length, p.width, p.padded(), forward.value_pairs.data());
+      pack_pairs(values, 0, p.length, p.width, p.padded(), forward.value_pairs.data());
       for (int64_t head = group * times; head < (group + 1) * times; ++head)
-        forward.head(rotated(p, row, rows(query, strides, row, head), forward.queries), rows(out, strides + 9, row, head), seen,
-                     lse + (row * p.heads + head) * p.length);
+        forward.head(prepared(p, row, rows(query, strides, row, head), p.bias_of(head), true, forward.queries),
+                     rows(out, strides + 9, row, head), seen, lse + (row * p.heads + head) * p.length);
     }
     at::native::cpublas::brgemm_release();
   }
 }
 
-// Strides of query, key, value, out, grad, of_query, of_key, of_value.
+// Strides of query, key, value, out, grad, of_query, of_key, of_value. of_bias: [B, (H + 2 G) * D], by sequences, or
+// null.
 void lmssl_attention_backward(const int64_t* sizes, float scale, const int64_t* segments, const float* cos,
-                              const float* sin, const int64_t* strides, const BF* query, const BF* key, const BF* value, const BF* out, const BF* grad,
-                              const float* lse, BF* of_query, BF* of_key, BF* of_value, int32_t threads) {
-  const Problem p = problem(sizes, scale, segments, cos, sin);
+                              const float* sin, const float* bias, const int64_t* strides, const BF* query,
+                              const BF* key, const BF* value, const BF* out, const BF* grad, const float* lse,
+                              BF* of_query, BF* of_key, BF* of_value, float* of_bias, int32_t threads) {
+  const Problem p = problem(sizes, scale, segments, cos, sin, bias);
 #pragma omp parallel num_threads(threads)
   {
     Backward backward(p);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < p.batch * p.groups; ++task) {
       const int64_t row = task / p.groups, group = task % p.groups, times = p.heads / p.groups;
+      const int64_t key_at = p.heads + group, value_at = key_at + p.groups;
+      const auto sums = [&](int64_t head) {
+        if (!of_bias) return of_bias;
+        float* found = of_bias + (row * (p.heads + 2 * p.groups) + head) * p.width;
+        std::fill_n(found, p.width, 0.f);
+        return found;
+      };
       const Seen seen(p, row);
-      const Rows keys = rotated(p, row, rows(key, strides + 3, row, group), backward.keys);
-      const Rows values = rows(value, strides + 6, row, group);
+      const Rows keys = prepared(p, row, rows(key, strides + 3, row, group), p.bias_of(key_at), true, backward.keys);
+      const Rows values =
+          prepared(p, row, rows(value, strides + 6, row, group), p.bias_of(value_at), false, backward.values);
       turn_keys(keys, p.length, p.width, p.padded(), backward.key_turned.data());
       backward.of_key.clear();
       backward.of_value.clear();
       for (int64_t head = group * times; head < (group + 1) * times; ++head)
-        backward.head(row, rotated(p, row, rows(query, strides, row, head), backward.queries), keys, values,
-                      rows(out, strides + 9, row, head),
-                      rows(grad, strides + 12, row, head), rows(of_query, strides + 15, row, head), seen,
-                      lse + (row * p.heads + head) * p.length);
+        backward.head(row, prepared(p, row, rows(query, strides, row, head), p.bias_of(head), true, backward.queries),
+                      keys, values, rows(out, strides + 9, row, head), rows(grad, strides + 12, row, head),
+                      rows(of_query, strides + 15, row, head), seen, lse + (row * p.heads + head) * p.length,
+                      sums(head));
       const Rows key_to = rows(of_key, strides + 18, row, group), value_to = rows(of_value, strides + 21, row, group);
+      float *of_key_bias = sums(key_at), *of_value_bias = sums(value_at);
       for (int64_t i = 0; i < p.length; ++i) {
-        store_gradient(p, row, i, backward.of_key.data() + i * p.width, key_to.at(i));
-        store_row(value_to.at(i), backward.of_value.data() + i * p.width, p.width);
+        const int64_t place = i * p.width;
+        store_gradient(p, row, i, true, backward.of_key.data() + place, key_to.at(i), of_key_bias);
+        store_gradient(p, row, i, false, backward.of_value.data() + place, value_to.at(i), of_value_bias);
       }
     }
     at::native::cpublas::brgemm_release();
