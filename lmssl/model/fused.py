@@ -106,7 +106,7 @@ def _attend_joined(part: Any, names: tuple[str, str, str]) -> None:
         if not (torch.compiler.is_compiling() and under_bf16() and _fits(part, args, kwargs)):
             return forward(part, hidden_states, *args, **kwargs)
         three = [getattr(part, name) for name in names]
-        product = linear(hidden_states, torch.cat([one.weight for one in three]))
+        product = linear(hidden_states, *(one.weight for one in three))
         bias = None if three[0].bias is None else torch.cat([one.bias for one in three])
         cos, sin = kwargs.get("position_embeddings") or (None, None)
         width, causal = _head_width(part), bool(kwargs["document_causal"])
@@ -163,5 +163,8 @@ def _residual(part: Any, hidden: Tensor, around: Tensor) -> Tensor:
 
 
 def _gated(part: Any, hidden: Tensor) -> Tensor:
-    found: Tensor = part.down_proj(swiglu(part.gate_proj(hidden), part.up_proj(hidden)))
+    product = linear(hidden, part.gate_proj.weight, part.up_proj.weight)
+    if part.gate_proj.bias is not None:
+        product = product + torch.cat([part.gate_proj.bias, part.up_proj.bias]).to(product.dtype)
+    found: Tensor = part.down_proj(swiglu(product))
     return found

@@ -37,26 +37,32 @@ def _weight_shape(grad_NO: Tensor, hidden_NI: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight_OI: Tensor) -> Tensor:
-        narrow, weight = hidden.to(torch.bfloat16), weight_OI.to(torch.bfloat16)
+    def forward(ctx: Any, hidden: Tensor, *weights: Tensor) -> Tensor:
+        narrow, weight = hidden.to(torch.bfloat16), torch.cat([part.to(torch.bfloat16) for part in weights])
         ctx.save_for_backward(narrow, weight)
-        ctx.dtypes = hidden.dtype, weight_OI.dtype
+        ctx.rows, ctx.dtypes = [len(part) for part in weights], (hidden.dtype, weights[0].dtype)
         return F.linear(narrow, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         narrow, weight = ctx.saved_tensors
-        of_hidden = of_weight = None
+        of_hidden, of_weights = None, [None] * len(ctx.rows)
         if ctx.needs_input_grad[0]:
             of_hidden = (grads[0] @ weight).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad[1:]):
             of_weight = weight_gradient(grads[0].flatten(0, -2), narrow.flatten(0, -2)).to(ctx.dtypes[1])
-        return of_hidden, of_weight
+            of_weights = list(of_weight.split(ctx.rows))
+        return of_hidden, *of_weights
 
 
-def linear(hidden: Tensor, weight_OI: Tensor) -> Tensor:
-    """`F.linear` without a bias, in bfloat16, for graphs that are compiled under bf16 autocast."""
-    if any(size % 16 for size in weight_OI.shape):
-        return F.linear(hidden, weight_OI)
-    found: Tensor = _Linear.apply(hidden, weight_OI)  # type: ignore[no-untyped-call]
+def linear(hidden: Tensor, *weights_OI: Tensor) -> Tensor:
+    """`F.linear` without a bias, in bfloat16, for graphs that are compiled under bf16 autocast.
+
+    Args:
+        weights_OI: of layers whose outputs are wanted one after another, of the same type.
+    """
+    fits = not any(size % 16 for weight in weights_OI for size in weight.shape)
+    if not (fits and torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *weights_OI))):
+        return F.linear(hidden, torch.cat(weights_OI))
+    found: Tensor = _Linear.apply(hidden, *weights_OI)  # type: ignore[no-untyped-call]
     return found

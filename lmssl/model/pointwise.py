@@ -44,7 +44,7 @@ def _gelu_gradients(grad: Tensor, product_NF: Tensor, bias_F: Tensor) -> tuple[T
     of_product, of_bias = torch.empty_like(product_NF), bias_F.new_empty(_PARTS, width)
     sizes = map(ctypes.c_int64, (rows, width, _PARTS))
     kernel("lmssl_gelu_backward")(*map(pointer, (grad, product_NF, bias_F, of_product, of_bias)), *sizes, threads())
-    return of_product, of_bias.sum(0)
+    return of_product, of_bias[0].clone()
 
 
 @_gelu_gradients.register_fake
@@ -94,35 +94,38 @@ def _tied_shape(product_DV: Tensor, factor: Tensor, width: int, *_: Any) -> Tens
 
 
 @torch.library.custom_op("lmssl::swiglu", mutates_args=())
-def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """`silu(gate) * up`, bfloat16. Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
-    gate_NF, up_NF = gate_NF.contiguous(), up_NF.contiguous()
-    out = torch.empty_like(gate_NF)
-    kernel("lmssl_swiglu")(*map(pointer, (gate_NF, up_NF, out)), ctypes.c_int64(out.numel()), threads())
+def swiglu(product: Tensor) -> Tensor:
+    """`silu(gate) * up` of a product [N, 2 F] that has gates first, bfloat16.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+    product = product.contiguous()
+    out = product.new_empty((*product.shape[:-1], product.shape[-1] // 2))
+    sizes = ctypes.c_int64(out.numel() // out.shape[-1]), ctypes.c_int64(out.shape[-1])
+    kernel("lmssl_swiglu")(pointer(product), pointer(out), *sizes, threads())
     return out
 
 
 @swiglu.register_fake
-def _swiglu_shape(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    return torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
+def _swiglu_shape(product: Tensor) -> Tensor:
+    return product.new_empty((*product.shape[:-1], product.shape[-1] // 2))
 
 
 @torch.library.custom_op("lmssl::swiglu_backward", mutates_args=())
-def _swiglu_gradients(grad: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    grad, gate_NF, up_NF = grad.contiguous(), gate_NF.contiguous(), up_NF.contiguous()
-    found = torch.empty_like(gate_NF), torch.empty_like(up_NF)
-    pointers = map(pointer, (grad, gate_NF, up_NF, *found))
-    kernel("lmssl_swiglu_backward")(*pointers, ctypes.c_int64(grad.numel()), threads())
+def _swiglu_gradient(grad: Tensor, product: Tensor) -> Tensor:
+    grad, product = grad.contiguous(), product.contiguous()
+    found = torch.empty_like(product)
+    sizes = ctypes.c_int64(grad.numel() // grad.shape[-1]), ctypes.c_int64(grad.shape[-1])
+    kernel("lmssl_swiglu_backward")(*map(pointer, (grad, product, found)), *sizes, threads())
     return found
 
 
-@_swiglu_gradients.register_fake
-def _swiglu_gradients_shapes(grad: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    like = torch.contiguous_format
-    return torch.empty_like(gate_NF, memory_format=like), torch.empty_like(up_NF, memory_format=like)
+@_swiglu_gradient.register_fake
+def _swiglu_gradient_shape(grad: Tensor, product: Tensor) -> Tensor:
+    return torch.empty_like(product, memory_format=torch.contiguous_format)
 
 
-swiglu.register_autograd(lambda ctx, grad: _swiglu_gradients(grad, *ctx.saved_tensors), setup_context=_save_inputs)
+swiglu.register_autograd(lambda ctx, grad: _swiglu_gradient(grad, *ctx.saved_tensors), setup_context=_save_inputs)
 
 
 @torch.library.custom_op("lmssl::residual_norm", mutates_args=())
@@ -164,7 +167,7 @@ def _norm_gradients(
     given = map(pointer, (grad_ND, *inputs, statistics_N2.contiguous()))
     made = map(pointer, (of_product, of_around, of_vectors))
     kernel("lmssl_norm_backward")(*given, *sizes, *made, threads())
-    return of_product, of_around, of_vectors.sum(0)
+    return of_product, of_around, of_vectors[0].clone()
 
 
 @_norm_gradients.register_fake

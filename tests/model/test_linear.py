@@ -75,3 +75,28 @@ def test_a_compiled_product_and_its_gradients(outputs: int, of_hidden: bool, of_
     for a, b in zip((found, *ours), (wanted, *torch.autograd.grad(wanted, inputs, grad)), strict=True):
         assert (a.float() - b).norm() < 0.005 * b.norm()
     assert all(a.dtype == torch.float32 for a in ours)
+
+
+def test_products_of_several_weights_are_one() -> None:
+    torch.manual_seed(4)
+    hidden, grad = torch.randn(40, 32, requires_grad=True), torch.randn(40, 96)
+    weights = [torch.randn(rows, 32, requires_grad=True) for rows in (16, 48, 32)]
+    found, wanted = linear(hidden, *weights), F.linear(hidden, torch.cat(weights))
+    ours = torch.autograd.grad(found, [hidden, *weights], grad.bfloat16())
+    exact = torch.autograd.grad(wanted, [hidden, *weights], grad)
+    for a, b in zip((found, *ours), (wanted, *exact), strict=True):
+        assert a.shape == b.shape and (a.float() - b).norm() < 0.005 * b.norm()
+
+
+@pytest.mark.parametrize(("recorded", "trained"), [(True, True), (True, False), (False, True)])
+def test_nothing_breaks_a_graph(recorded: bool, trained: bool) -> None:
+    hidden, weights = torch.randn(40, 32), [torch.randn(16, 32, requires_grad=trained) for _ in range(2)]
+
+    def run(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(recorded):
+            return linear(hidden, first, second)
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(recorded):
+        found = torch.compile(run, backend="eager", dynamic=False, fullgraph=True)(hidden, *weights)
+    torch.testing.assert_close(found.float(), F.linear(hidden, torch.cat(weights)), rtol=0.05, atol=0.05)

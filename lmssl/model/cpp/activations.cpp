@@ -1,4 +1,4 @@
-// GELU of a product and its bias, SiLU times a gate, and an embedding's gradient, in one pass over memory each.
+// GELU of a product and its bias, SiLU of a gate times what it lets through, and an embedding's gradient, in one pass over memory each.
 //
 // N rows, F width, V vocabulary.
 #include <cmath>
@@ -53,7 +53,7 @@ void lmssl_gelu(const BF* product, const float* bias, BF* out, int64_t rows, int
     });
 }
 
-// of_bias: [parts, F], the rows' sums in as many parts, each from rows next to each other.
+// of_bias: [parts, F], the first of which becomes the sum of rows; rows next to each other are summed in a part.
 void lmssl_gelu_backward(const BF* grad, const BF* product, const float* bias, BF* of_product, float* of_bias,
                          int64_t rows, int64_t width, int64_t parts, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -69,6 +69,7 @@ void lmssl_gelu_backward(const BF* grad, const BF* product, const float* bias, B
         _mm512_mask_storeu_ps(sums + j, there, Vec(_mm512_maskz_loadu_ps(there, sums + j)) + found);
       });
   }
+  sum_parts(of_bias, parts, width);
 }
 
 // out [V, D] = (more ? out : 0) + the gradients [N, D] of looked up rows, summed in the order of tokens; none for
@@ -85,23 +86,29 @@ void lmssl_embedding_gradient(const float* grad, const int64_t* ids, int64_t tok
   }
 }
 
-void lmssl_swiglu(const BF* gate, const BF* up, BF* out, int64_t size, int32_t threads) {
+// product: [N, 2 F], gates before what they let through.
+void lmssl_swiglu(const BF* product, BF* out, int64_t rows, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t j = 0; j < size; j += LANES) {
-    const __mmask16 there = lanes(j, 0, size);
-    const Vec x = load_bf16(gate + j, there);
-    store_bf16(out + j, x * sigmoid(x) * load_bf16(up + j, there), there);
+  for (int64_t i = 0; i < rows; ++i) {
+    const BF *gate = product + 2 * i * width, *up = gate + width;
+    by_lanes(width, [&](int64_t j, __mmask16 there) {
+      const Vec x = load_bf16(gate + j, there);
+      store_bf16(out + i * width + j, x * sigmoid(x) * load_bf16(up + j, there), there);
+    });
   }
 }
 
-void lmssl_swiglu_backward(const BF* grad, const BF* gate, const BF* up, BF* of_gate, BF* of_up, int64_t size,
+void lmssl_swiglu_backward(const BF* grad, const BF* product, BF* of_product, int64_t rows, int64_t width,
                            int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t j = 0; j < size; j += LANES) {
-    const __mmask16 there = lanes(j, 0, size);
-    const Vec x = load_bf16(gate + j, there), g = load_bf16(grad + j, there), share = sigmoid(x);
-    store_bf16(of_up + j, g * x * share, there);
-    store_bf16(of_gate + j, g * load_bf16(up + j, there) * share * (Vec(1.f) + x * (Vec(1.f) - share)), there);
+  for (int64_t i = 0; i < rows; ++i) {
+    const BF *gate = product + 2 * i * width, *up = gate + width;
+    BF *of_gate = of_product + 2 * i * width, *of_up = of_gate + width;
+    by_lanes(width, [&](int64_t j, __mmask16 there) {
+      const Vec x = load_bf16(gate + j, there), g = load_bf16(grad + i * width + j, there), share = sigmoid(x);
+      store_bf16(of_up + j, g * x * share, there);
+      store_bf16(of_gate + j, g * load_bf16(up + j, there) * share * (Vec(1.f) + x * (Vec(1.f) - share)), there);
+    });
   }
 }
 }

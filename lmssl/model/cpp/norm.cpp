@@ -51,7 +51,8 @@ void lmssl_norm(const BF* product, const float* bias, const float* around, const
   }
 }
 
-// of_vectors: [parts, 3, D], gradients of weight, shift and bias, each part's from rows next to each other.
+// of_vectors: [parts, 3, D], the first of which become the gradients of weight, shift and bias; rows next to each other
+// are summed in a part.
 void lmssl_norm_backward(const float* grad, const BF* product, const float* bias, const float* around,
                          const float* weight, const float* statistics, int64_t rows, int64_t width, int64_t parts,
                          BF* of_product, float* of_around, float* of_vectors, int32_t threads) {
@@ -83,5 +84,6 @@ void lmssl_norm_backward(const float* grad, const BF* product, const float* bias
       }
     }
   }
+  sum_parts(of_vectors, parts, 3 * width);
 }
 }

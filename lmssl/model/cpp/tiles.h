@@ -109,6 +109,12 @@ inline void store_row(BF* to, const float* from, int64_t width) {
   for (; d < width; ++d) to[d] = BF(from[d]);
 }
 
+// parts [count, width], one after another, into the first.
+inline void sum_parts(float* parts, int64_t count, int64_t width) {
+  for (int64_t part = 1; part < count; ++part)
+    for (int64_t d = 0; d < width; ++d) parts[d] += parts[part * width + d];
+}
+
 inline float dot(const BF* left, const BF* right, int64_t width) {
   Vec sum(0.f);
   by_lanes(width, [&](int64_t d, __mmask16 there) {
