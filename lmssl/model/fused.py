@@ -19,7 +19,7 @@ from transformers.activations import GELUActivation, SiLUActivation
 from lmssl.model.kernels import joined_attention
 from lmssl.model.linear import linear
 from lmssl.model.native import under_bf16
-from lmssl.model.pointwise import embedding_gradient, gelu, residual_norm, swiglu
+from lmssl.model.pointwise import embedding_gradient, gelu, residual_norm, rms_norm, swiglu
 
 
 def fuse_layers(module: nn.Module) -> None:
@@ -40,10 +40,16 @@ def fuse_layers(module: nn.Module) -> None:
             _when_compiled(part, _intermediate)
         elif type(part).__name__ in _GATED and isinstance(part.act_fn, nn.SiLU | SiLUActivation):
             _when_compiled(part, _gated)
+        elif type(part).__name__ in _DECODERS and not getattr(part, "reads_places", False):
+            _around_norms(part)
 
 
 _GATED = ("LlamaMLP", "Qwen3MLP", "EuroBertMLP")
 """Classes whose forward is `down(act(gate(x)) * up(x))`."""
+
+
+_DECODERS = ("LlamaDecoderLayer", "Qwen3DecoderLayer", "EuroBertDecoderLayer")
+"""Classes whose forward is `h + mlp(norm(h))` of `h = hidden + attention(norm(hidden))`, norms by root mean squares."""
 
 
 _FAMILY = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
@@ -115,6 +121,24 @@ def _attend_joined(part: Any, names: tuple[str, str, str]) -> None:
             product, bias, heads, width, cos, sin, kwargs["document_segments"], causal, part.scaling
         )
         return part.o_proj(context) if names == _ROTARY else context, None
+
+    part.forward = MethodType(run, part)
+
+
+def _around_norms(part: Any) -> None:
+    """Add what attention found and normalise the sum in one pass, with one pass back for what goes around as well."""
+    forward = type(part).forward
+
+    @wraps(forward)
+    def run(part: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        first, second = part.input_layernorm, part.post_attention_layernorm
+        fits = hidden_states.dtype == torch.float32 and hidden_states.shape[-1] % 16 == 0 and not args
+        if not (fits and torch.compiler.is_compiling() and torch.is_grad_enabled() and under_bf16()):
+            return forward(part, hidden_states, *args, **kwargs)
+        around, narrow = rms_norm(None, hidden_states, first.weight, first.variance_epsilon)
+        attended = part.self_attn(hidden_states=narrow, **kwargs)[0]
+        around, narrow = rms_norm(attended, around, second.weight, second.variance_epsilon)
+        return around + part.mlp(narrow)
 
     part.forward = MethodType(run, part)
 

@@ -195,3 +195,87 @@ def _norm_backward(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Te
 
 
 residual_norm.register_autograd(_norm_backward, setup_context=_save_norm)
+
+
+@torch.library.custom_op("lmssl::rms_norm", mutates_args=())
+def _rms_norm(product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`product + around` in float32 (empty without a product), its norm in bfloat16, and 1 / size of tokens, [N]."""
+    product = None if product is None else product.contiguous()
+    around_ND, weight_D = around_ND.contiguous(), weight_D.float().contiguous()
+    total, out, scales = _rms_room(product, around_ND)
+    sizes = ctypes.c_float(eps), ctypes.c_int64(len(scales)), ctypes.c_int64(around_ND.shape[-1])
+    given, made = map(pointer, (product, around_ND, weight_D)), map(pointer, (total, out, scales))
+    kernel("lmssl_rms_norm")(*given, *sizes, *made, threads())
+    return total, out, scales
+
+
+def _rms_room(product: Tensor | None, around_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total = around_ND.new_empty(0 if product is None else around_ND.shape)
+    rows = around_ND.numel() // around_ND.shape[-1]
+    return total, around_ND.new_empty(around_ND.shape, dtype=torch.bfloat16), around_ND.new_empty(rows)
+
+
+@_rms_norm.register_fake
+def _rms_shapes(
+    product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _rms_room(product, around_ND)
+
+
+@torch.library.custom_op("lmssl::rms_norm_backward", mutates_args=())
+def _rms_gradients(
+    grad_ND: Tensor, past_ND: Tensor, total_ND: Tensor, weight_D: Tensor, scales_N: Tensor, product: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum, [N, D], of the product (the same in bfloat16, or empty) and of the weight."""
+    grad_ND, past_ND, total_ND = grad_ND.contiguous(), past_ND.contiguous(), total_ND.contiguous()
+    of_total, of_product, of_weight = _rms_gradients_room(total_ND, product)
+    sizes = map(ctypes.c_int64, (len(scales_N), total_ND.shape[-1], _PARTS))
+    given = map(pointer, (grad_ND, past_ND, total_ND, weight_D.float().contiguous(), scales_N.contiguous()))
+    made = map(pointer, (of_total, of_product if product else None, of_weight))
+    kernel("lmssl_rms_norm_backward")(*given, *sizes, *made, threads())
+    return of_total, of_product, of_weight[0].clone()
+
+
+def _rms_gradients_room(total_ND: Tensor, product: bool) -> tuple[Tensor, Tensor, Tensor]:
+    of_product = total_ND.new_empty(total_ND.shape if product else 0, dtype=torch.bfloat16)
+    return total_ND.new_empty(total_ND.shape), of_product, total_ND.new_empty(_PARTS, total_ND.shape[-1])
+
+
+@_rms_gradients.register_fake
+def _rms_gradients_shapes(
+    grad_ND: Tensor, past_ND: Tensor, total_ND: Tensor, weight_D: Tensor, scales_N: Tensor, product: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_total, of_product, _ = _rms_gradients_room(total_ND, product)
+    return of_total, of_product, total_ND.new_empty(total_ND.shape[-1])
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, out, scales = _rms_norm(product, around_ND, weight_D, eps)
+        total = around_ND.view_as(around_ND) if product is None else total
+        ctx.save_for_backward(total, weight_D, scales)
+        ctx.dtype = None if product is None else product.dtype
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight_D, scales = ctx.saved_tensors
+        past, grad = grads
+        has_product = ctx.dtype is not None
+        of_total, of_product, of_weight = _rms_gradients(grad, past, total, weight_D, scales, has_product)
+        return of_product if has_product else None, of_total, of_weight.to(weight_D.dtype), None
+
+
+def rms_norm(product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`product + around` in float32, and its root mean square norm in bfloat16; gradients of both in one pass.
+
+    Args:
+        product: bfloat16, of any number of dimensions, D a multiple of 16; None: there is only what goes around.
+        around_ND: float32.
+    Source: Zhang and Sennrich 2019; as transformers' llama, in float32, but rounded once.
+    """
+    found: tuple[Tensor, Tensor] = _RmsNorm.apply(product, around_ND, weight_D, eps)  # type: ignore[no-untyped-call]
+    return found

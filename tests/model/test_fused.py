@@ -135,21 +135,21 @@ def test_which_pieces_are_ours() -> None:
     assert native.load()
     for kind, expected in (
         ("bert", {"joined_attention", "gelu"}),
-        ("llama", {"joined_attention", "swiglu"}),
-        ("qwen3", {"native_attention", "swiglu"}),
+        ("llama", {"joined_attention", "swiglu", "rms_norm"}),
+        ("qwen3", {"native_attention", "swiglu", "rms_norm"}),
         ("modernbert", {"native_attention"}),
     ):
         model, seen = made(kind), set[str]()
         fuse_layers(model)
 
         def backend(graph: torch.fx.GraphModule, _: object, seen: set[str] = seen) -> object:
-            seen.update(str(node.target) for node in graph.graph.nodes)
+            parts = (part for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+            seen.update(str(node.target) for part in parts for node in part.graph.nodes)
             return graph
 
         torch._dynamo.reset()
-        with torch.no_grad():
-            torch.compile(hidden, backend=backend, dynamic=False)(model, IDS)
-        for name in ("joined_attention", "native_attention", "gelu", "swiglu"):
+        torch.compile(hidden, backend=backend, dynamic=False, fullgraph=True)(model, IDS)
+        for name in ("joined_attention", "native_attention", "gelu", "swiglu", "rms_norm"):
             assert any(f"lmssl.{name}" in target for target in seen) == (name in expected), (kind, name, seen)
 
 

@@ -261,6 +261,27 @@ def test_a_norm_around_a_layer_and_its_gradients(shape: tuple[int, ...]) -> None
         assert relative(a, b) < (0.003 if a.dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 50), (70,)])
+@pytest.mark.parametrize("with_product", [True, False])
+def test_a_root_mean_square_norm_around_a_layer_and_its_gradients(shape: tuple[int, ...], with_product: bool) -> None:
+    torch.manual_seed(6)
+    product = torch.randn(*shape, 64).bfloat16().requires_grad_() if with_product else None
+    around, past = torch.randn(*shape, 64, requires_grad=True), torch.randn(*shape, 64)
+    weight, grad = torch.randn(64, requires_grad=True), torch.randn(*shape, 64).bfloat16()
+    inputs = [x for x in (product, around, weight) if x is not None]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    total, found = pointwise.rms_norm(product, around, weight, 1e-5)
+    wanted = exact[0] + exact[1] if with_product else exact[0]
+    normed = F.rms_norm(wanted, (64,), exact[-1], 1e-5)
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert relative(found, normed) < 0.002 and found.dtype == torch.bfloat16
+    ours = torch.autograd.grad((total, found), inputs, (past, grad))
+    theirs = torch.autograd.grad((wanted, normed), exact, (past.double(), grad.double()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert relative(a.double(), b) < (0.003 if a.dtype == torch.bfloat16 else 1e-5)
+
+
 def test_operators_keep_torchs_contracts() -> None:
     q, k, v = (torch.randn(1, 2, 20, 32).bfloat16().requires_grad_() for _ in range(3))
     vector, around = torch.randn(32, requires_grad=True), torch.randn(4, 32, requires_grad=True)
@@ -276,6 +297,7 @@ def test_operators_keep_torchs_contracts() -> None:
             (torch.randn(17, 32).bfloat16(), torch.tensor(2.0), 16, torch.randn(4, 16), torch.arange(4), -1),
         ),
         (torch.ops.lmssl.residual_norm.default, (wide, vector, around, vector, vector, 1e-5)),
+        (torch.ops.lmssl.rms_norm.default, (wide.detach(), around.detach(), vector.detach(), 1e-5)),
         (torch.ops.lmssl.gelu.default, (wide, torch.randn(32, requires_grad=True))),
         (torch.ops.lmssl.swiglu.default, (wide,)),
         (torch.ops.lmssl.scaled_gradient.default, (torch.randn(17, 32).bfloat16(), torch.tensor(2.0), 16)),

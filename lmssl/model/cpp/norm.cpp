@@ -1,4 +1,5 @@
-// Layer norm of a product, its bias and what goes around it, forward and backward, in one pass over memory each.
+// Layer norm of a product, its bias and what goes around it, and root mean square norm of a product and what goes around
+// it, forward and backward, in one pass over memory each.
 //
 // N rows, D width, a multiple of 16.
 #include <cmath>
@@ -85,5 +86,59 @@ void lmssl_norm_backward(const float* grad, const BF* product, const float* bias
     }
   }
   sum_parts(of_vectors, parts, 3 * width);
+}
+
+// total [N, D]: the sum that is normalised; without a product it is what goes around, and not written.
+void lmssl_rms_norm(const BF* product, const float* around, const float* weight, float eps, int64_t rows, int64_t width,
+                    float* total, BF* out, float* scales, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t place = i * width;
+    Vec square(0.f);
+    for (int64_t d = 0; d < width; d += LANES) {
+      Vec value = Vec::loadu(around + place + d);
+      if (product) {
+        value = value + load_bf16(product + place + d, 0xffff);
+        value.store(total + place + d);
+      }
+      square = square + value * value;
+    }
+    const float scale = 1.f / std::sqrt(_mm512_reduce_add_ps(square) / width + eps);
+    const float* row = (product ? total : around) + place;
+    for (int64_t d = 0; d < width; d += LANES)
+      store_bf16(out + place + d, Vec::loadu(row + d) * Vec(scale) * Vec::loadu(weight + d));
+    scales[i] = scale;
+  }
+}
+
+// of_total: what reaches the norm and what goes past it (null: nothing does) together; of_product: the same, or null.
+// of_weight: [parts, D], the first of which becomes the gradient.
+void lmssl_rms_norm_backward(const BF* grad, const float* past, const float* total, const float* weight,
+                             const float* scales, int64_t rows, int64_t width, int64_t parts, float* of_total,
+                             BF* of_product, float* of_weight, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < parts; ++part) {
+    float* sums = of_weight + part * width;
+    std::fill_n(sums, width, 0.f);
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+      const int64_t place = i * width;
+      const Vec scale(scales[i]);
+      Vec along(0.f);
+      for (int64_t d = 0; d < width; d += LANES) {
+        const Vec x = Vec::loadu(total + place + d) * scale, g = load_bf16(grad + place + d, 0xffff);
+        along = along + g * Vec::loadu(weight + d) * x;
+        (Vec::loadu(sums + d) + g * x).store(sums + d);
+      }
+      const Vec slope = Vec(_mm512_reduce_add_ps(along) / width) * scale;
+      for (int64_t d = 0; d < width; d += LANES) {
+        const Vec g = load_bf16(grad + place + d, 0xffff);
+        Vec found = scale * (g * Vec::loadu(weight + d) - Vec::loadu(total + place + d) * slope);
+        if (past) found = found + Vec::loadu(past + place + d);
+        found.store(of_total + place + d);
+        if (of_product) store_bf16(of_product + place + d, found);
+      }
+    }
+  }
+  sum_parts(of_weight, parts, width);
 }
 }
