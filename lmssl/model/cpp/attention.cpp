@@ -50,6 +50,8 @@ inline void rotate(const Problem& p, int64_t sequence, int64_t position, Vec& fi
   second = back ? second * cos_2 - before * sin_1 : second * cos_2 + before * sin_2;
 }
 
+constexpr int64_t AHEAD = 12;  // tokens; a head's lie further apart than the processor looks ahead by itself
+
 // Tokens of a head as products want them: with their bias, and rotated, in `room`, or as they are.
 Rows prepared(const Problem& p, int64_t sequence, const Rows& from, const float* bias, bool turns, Buffer<BF>& room) {
   turns = turns && p.cos;
@@ -57,6 +59,7 @@ Rows prepared(const Problem& p, int64_t sequence, const Rows& from, const float*
   const int64_t half = p.width / 2;
   for (int64_t i = 0; i < p.length; ++i)
     for (int64_t d = 0; d < half; d += LANES) {
+      _mm_prefetch(from.at(i + AHEAD) + 2 * d, _MM_HINT_T0);
       Vec first = load_bf16(from.at(i) + d, 0xffff), second = load_bf16(from.at(i) + d + half, 0xffff);
       if (bias) {
         first = first + Vec::loadu(bias + d);
