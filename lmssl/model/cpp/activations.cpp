@@ -1,4 +1,5 @@
-// GELU of a product and its bias, SiLU of a gate times what it lets through, and an embedding's gradient, in one pass over memory each.
+// GELU of a product and its bias, SiLU of a gate times what it lets through, and an embedding's gradient, in one pass
+// over memory each.
 //
 // N rows, F width, V vocabulary.
 #include <cmath>

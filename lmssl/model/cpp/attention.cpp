@@ -73,7 +73,8 @@ Rows prepared(const Problem& p, int64_t sequence, const Rows& from, const float*
 }
 
 // The gradient of a token from that of what it was rotated to, which is overwritten; added to the bias's, if any.
-void store_gradient(const Problem& p, int64_t sequence, int64_t position, bool turns, float* from, BF* to, float* sums) {
+void store_gradient(const Problem& p, int64_t sequence, int64_t position, bool turns, float* from, BF* to,
+                    float* sums) {
   const int64_t half = p.width / 2;
   if (turns && p.cos)
     for (int64_t d = 0; d < half; d += LANES) {
@@ -183,7 +184,8 @@ struct Forward {
 
 struct Backward {
   const Problem& p;
-  Buffer<BF> queries, keys, values, key_turned, query_t, grad_t, query_pairs, grad_pairs, probs, grad_scores, score_pairs;
+  Buffer<BF> queries, keys, values, key_turned, query_t, grad_t, query_pairs, grad_pairs, probs, grad_scores,
+      score_pairs;
   Buffer<float> scores, grad_probs, of_query_t, of_query, of_key, of_value, delta;
 
   explicit Backward(const Problem& p)

@@ -1,5 +1,5 @@
-// Layer norm of a product, its bias and what goes around it, and root mean square norm of a product and what goes around
-// it, forward and backward, in one pass over memory each.
+// Layer norm of a product, its bias and what goes around it, and root mean square norm of a product and what goes
+// around it, forward and backward, in one pass over memory each.
 //
 // N rows, D width, a multiple of 16.
 #include <cmath>

@@ -1,4 +1,5 @@
-// Gradient of a linear layer's weight, [O, I] in float32: what reaches its output, [N, O], turned, times its input, [N, I].
+// Gradient of a linear layer's weight, [O, I] in float32: what reaches its output, [N, O], turned, times its input,
+// [N, I].
 //
 // Tokens come in groups; each is turned and paired in the cache of the thread that multiplies it, for what one thread
 // packs another would have to fetch from there. So threads divide the weight, and both sides once more for each thread.
@@ -74,8 +75,8 @@ struct Gradient {
       }
   }
 
-  // 32 tokens from `first` on, of which `count` are there, as columns `to` and on of the left side. Whole cache lines of
-  // a token at a time: where rows are a power of two long, the next token's takes their place in the cache.
+  // 32 tokens from `first` on, of which `count` are there, as columns `to` and on of the left side. Whole cache lines
+  // of a token at a time: where rows are a power of two long, the next token's takes their place in the cache.
   void turn32(int64_t first, int64_t count, Range rows, int64_t to) {
     alignas(64) BF pairs[2][16 * 32];
     for (int64_t o = rows.from; o < rows.to; o += 2 * LANES) {
@@ -106,10 +107,10 @@ struct Gradient {
 
 // Parts of the outputs, so that what is packed for all threads is least.
 int64_t parts_of_outputs(int64_t outputs, int64_t inputs, int64_t threads) {
+  const auto packed = [&](int64_t parts) { return outputs / parts + inputs / (threads / parts); };
   int64_t best = threads;
   for (int64_t parts = 1; parts <= threads; ++parts)
-    if (threads % parts == 0 && outputs / parts + inputs / (threads / parts) < outputs / best + inputs / (threads / best))
-      best = parts;
+    if (threads % parts == 0 && packed(parts) < packed(best)) best = parts;
   return best;
 }
 
