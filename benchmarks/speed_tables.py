@@ -74,8 +74,14 @@ def limit(record: dict[str, Any]) -> str:
         f"| {spread(columns['weights_share'], '.2f')} |",
         f"| products of attention | {spread(columns['attention_seconds'], '.3f')} | |",
         f"| both | | {spread(columns['share'], '.2f')} |",
-        f"| both, each product's operands laid out as is fastest | | {spread(columns['fastest_share'], '.2f')} |",
     ]
+    if "torch_seconds" in columns:  # older records have no products but torch's
+        by_torch = [(row["torch_seconds"] + row["attention_seconds"]) / row["step_seconds"] for row in rounds]
+        lines.append(
+            f"| both, all made by torch | {spread(columns['torch_seconds'], '.3f')} | {spread(by_torch, '.2f')} |"
+        )
+    fastest = spread(columns["fastest_share"], ".2f")
+    lines.append(f"| both, made by torch, each product's operands laid out as is fastest | | {fastest} |")
     return "\n".join([*lines, "", where(record)])
 
 
