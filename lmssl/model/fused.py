@@ -1,7 +1,7 @@
 """Pieces of stock layers for compiled CPU steps: the same functions in fewer passes over memory.
 
 Biases are added after products, where the compiler fuses them with what follows; torch would copy them over the output
-first. Attention, activations, norms and gradients of embeddings run in kernels of our own.
+first. Attention, activations, norms and gradients of weights and embeddings run in kernels of our own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Torch's own kernels and what its compiler writes read and write memory many times for what fits into a cache. These
 take the place of `products_attention`, of the loop over documents and of the head's fused loops in compiled steps under
-bf16 autocast; those of `pointwise.py` of what the compiler writes for activations, norms and embeddings.
+bf16 autocast; those of `pointwise.py` of what the compiler writes for activations, norms and embeddings, that of
+`linear.py` of the product which is a weight's gradient.
 
 Shapes: B sequences, H heads, G key/value heads, T tokens, D head width, N targets, V vocabulary.
 """

@@ -111,7 +111,7 @@ void lmssl_rms_norm(const BF* product, const float* around, const float* weight,
   }
 }
 
-// of_total: what reaches the norm and what goes past it (null: nothing does) together; of_product: the same, or null.
+// of_total: what reaches the norm and what goes past it together; of_product: the same, or null.
 // of_weight: [parts, D], the first of which becomes the gradient.
 void lmssl_rms_norm_backward(const BF* grad, const float* past, const float* total, const float* weight,
                              const float* scales, int64_t rows, int64_t width, int64_t parts, float* of_total,
@@ -132,8 +132,8 @@ void lmssl_rms_norm_backward(const BF* grad, const float* past, const float* tot
       const Vec slope = Vec(_mm512_reduce_add_ps(along) / width) * scale;
       for (int64_t d = 0; d < width; d += LANES) {
         const Vec g = load_bf16(grad + place + d, 0xffff);
-        Vec found = scale * (g * Vec::loadu(weight + d) - Vec::loadu(total + place + d) * slope);
-        if (past) found = found + Vec::loadu(past + place + d);
+        const Vec through = scale * (g * Vec::loadu(weight + d) - Vec::loadu(total + place + d) * slope);
+        const Vec found = through + Vec::loadu(past + place + d);
         found.store(of_total + place + d);
         if (of_product) store_bf16(of_product + place + d, found);
       }

@@ -3,8 +3,6 @@
 //
 // Tokens come in groups; each is turned and paired in the cache of the thread that multiplies it, for what one thread
 // packs another would have to fetch from there. So threads divide the weight, and both sides once more for each thread.
-#include <omp.h>
-
 #include <cstdint>
 
 #include "tiles.h"
@@ -45,7 +43,6 @@ struct Gradient {
   Buffer<float> sums{MOST * MOST};
 
   void block(Range rows, Range columns) {
-    if (!tokens) return;
     for (int64_t start = 0; start < tokens; start += TOKENS) {
       const int64_t count = std::min(TOKENS, tokens - start), padded = round_up(count, 32);
       for (int64_t n = 0; n < padded; n += 32) {
@@ -121,7 +118,10 @@ extern "C" {
 // O and I are multiples of 16.
 void lmssl_weight_gradient(const BF* grad, const BF* hidden, int64_t tokens, int64_t outputs, int64_t inputs,
                            float* out, int32_t threads) {
-  if (!tokens) std::fill_n(out, outputs * inputs, 0.f);
+  if (!tokens) {
+    std::fill_n(out, outputs * inputs, 0.f);
+    return;
+  }
   const int64_t high = parts_of_outputs(outputs, inputs, threads), wide = threads / high;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t thread = 0; thread < threads; ++thread) {
