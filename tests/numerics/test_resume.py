@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lmssl import checkpoint
+from lmssl.checkpoint.folder import step_path
 from runs import assert_equal_runs, metrics, small_recipe, write_recipe
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -46,12 +47,18 @@ def finish(recipe: Path) -> None:
     assert process.returncode == 0, stderr.decode()
 
 
-def interrupt_at(recipe: Path, run: Path, step: int, how: signal.Signals) -> int:
-    """Start, wait until a step is in the metrics, send the signal; returns the exit status."""
+def interrupt_at(recipe: Path, run: Path, step: int, how: signal.Signals, *, saved: int | None = None) -> int:
+    """Start, wait until a step is in the metrics, send the signal; returns the exit status.
+
+    Args:
+        saved: wait, too, until the checkpoint of this step is in its place. It is written while training goes on, so
+            that steps of a few milliseconds are far ahead of it, and a kill then takes it as well.
+    """
     process = start(recipe)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        if any(row["step"] >= step for row in metrics(run)):
+        whole = saved is None or step_path(run, saved).is_dir()
+        if whole and any(row["step"] >= step for row in metrics(run)):
             process.send_signal(how)
             break
         time.sleep(0.02)
@@ -67,7 +74,7 @@ def test_killed_twice_equals_uninterrupted(tmp_path: Path, text_folder: Path, co
     finish(write_recipe(tmp_path / "whole.yaml", whole))
     killed = small_recipe(text_folder, tmp_path / "killed", tmp_path / "cache-b", steps=20, **change)
     recipe = write_recipe(tmp_path / "killed.yaml", killed)
-    assert interrupt_at(recipe, tmp_path / "killed", 6, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt_at(recipe, tmp_path / "killed", 6, signal.SIGKILL, saved=4) == -signal.SIGKILL
     assert interrupt_at(recipe, tmp_path / "killed", 13, signal.SIGKILL) == -signal.SIGKILL
     finish(recipe)
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
