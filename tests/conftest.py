@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked loader workers would ot
 import ipaddress
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def _rank(path: Path) -> int:
     parts = path.relative_to(TESTS).parts
     return ORDER.index(parts[0]) if len(parts) > 1 and parts[0] in ORDER else ORDER.index("")
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels() -> Iterator[None]:
+    """What one test loads is not to be used by the next: stock models stay stock ones."""
+    yield
+    native = sys.modules.get("lmssl.model.native")
+    if native is not None:
+        native.set_aside()
 
 
 @pytest.fixture(autouse=True, scope="session")

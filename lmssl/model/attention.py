@@ -57,8 +57,7 @@ def document_kwargs(
     if documents and starts_K is not None and torch.is_autocast_enabled(segments_BT.device.type):
         found = {"document_mask": None, "document_segments": segments_BT, "document_causal": causal}
         return {**found, "document_starts": starts_K, **cross}
-    in_kernel = torch.compiler.is_compiling() and native.under_bf16()
-    if segments_BT.device.type == "cpu" and (in_kernel or length >= loop_from_tokens()):
+    if segments_BT.device.type == "cpu" and (native.applies() or length >= loop_from_tokens()):
         return {"document_mask": None, "document_segments": segments_BT, "document_causal": causal, **cross}
     mask = _document_mask(segments_BT, causal)
     return {"document_mask": mask, "document_segments": None, "document_causal": causal, **cross}

@@ -1,7 +1,7 @@
-"""Pieces of stock layers for compiled CPU steps: the same functions in fewer passes over memory.
+"""Pieces of stock layers for training steps on CPU: the same functions in fewer passes over memory.
 
-Biases are added after products, where the compiler fuses them with what follows; torch would copy them over the output
-first. Attention, activations, norms and gradients of weights and embeddings run in kernels of our own.
+Biases are added after products, where a kernel or torch's compiler takes them with what follows; torch would copy them
+over the output first. Attention, activations, norms and gradients of weights and embeddings run in kernels of our own.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from transformers.activations import GELUActivation, SiLUActivation
 
 from lmssl.model.kernels import joined_attention
 from lmssl.model.linear import linear
-from lmssl.model.native import under_bf16
+from lmssl.model.native import applies
 from lmssl.model.pointwise import embedding_gradient, gelu, residual_norm, rms_norm, swiglu
 
 
 def fuse_layers(module: nn.Module) -> None:
-    """Wrap forwards in place; without a compiler at work they stay as they are, and so do names of weights."""
+    """Wrap forwards in place; where kernels do not apply they stay as they are, and so do names of weights."""
     part: Any
     for part in module.modules():
         if type(part) is nn.Linear:
-            _when_compiled(part, _linear)
+            _where_applied(part, _linear)
         elif type(part) is nn.Embedding and part.max_norm is None and not (part.sparse or part.scale_grad_by_freq):
-            _when_compiled(part, _looked_up)
+            _where_applied(part, _looked_up)
         elif type(part).__name__ in _ATTENTIONS:
             _attend_joined(part, _ATTENTIONS[type(part).__name__])
         elif type(part).__name__ in _RESIDUAL and part.dense.out_features % 16 == 0:
-            _when_compiled(part, _residual)
+            _where_applied(part, _residual)
         elif type(part).__name__ in _TRANSFORMS and type(_activation(part)) is GELUActivation:
-            _when_compiled(part, _transform)
+            _where_applied(part, _transform)
         elif hasattr(part, "intermediate_act_fn") and type(part.intermediate_act_fn) is GELUActivation:
-            _when_compiled(part, _intermediate)
+            _where_applied(part, _intermediate)
         elif type(part).__name__ in _GATED and isinstance(part.act_fn, nn.SiLU | SiLUActivation):
-            _when_compiled(part, _gated)
+            _where_applied(part, _gated)
         elif type(part).__name__ in _DECODERS and not getattr(part, "reads_places", False):
             _around_norms(part)
 
@@ -65,13 +65,13 @@ _ATTENTIONS = {
 """Classes of attention without anything between their products, rotary positions and scores."""
 
 
-def _when_compiled(part: Any, fused: Callable[..., Tensor]) -> None:
+def _where_applied(part: Any, fused: Callable[..., Tensor]) -> None:
     """A method, so that a copy of the part has it with its own weights."""
     forward = type(part).forward
 
     @wraps(forward)
     def run(part: Any, *tensors: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and under_bf16():
+        if applies():
             return fused(part, *tensors)
         found: Tensor = forward(part, *tensors)
         return found
@@ -109,7 +109,7 @@ def _attend_joined(part: Any, names: tuple[str, str, str]) -> None:
 
     @wraps(forward)
     def run(part: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not (torch.compiler.is_compiling() and under_bf16() and _fits(part, args, kwargs)):
+        if not (applies() and _fits(part, args, kwargs)):
             return forward(part, hidden_states, *args, **kwargs)
         three = [getattr(part, name) for name in names]
         product = linear(hidden_states, *(one.weight for one in three))
@@ -133,7 +133,7 @@ def _around_norms(part: Any) -> None:
     def run(part: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         first, second = part.input_layernorm, part.post_attention_layernorm
         fits = hidden_states.dtype == torch.float32 and hidden_states.shape[-1] % 16 == 0 and not args
-        if not (fits and torch.compiler.is_compiling() and torch.is_grad_enabled() and under_bf16()):
+        if not (fits and applies()):
             return forward(part, hidden_states, *args, **kwargs)
         around, narrow = rms_norm(None, hidden_states, first.weight, first.variance_epsilon)
         attended = part.self_attn(hidden_states=narrow, **kwargs)[0]

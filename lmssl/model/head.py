@@ -173,8 +173,7 @@ def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alo
     """`total_VD += right_NV.T @ left_ND`, summed in float32 and in place, or the product if it is the only one."""
     if alone and not _on_gpu(left_ND):
         product_DV = _product(_turned(left_ND), right_NV)
-        in_kernel = torch.compiler.is_compiling() and kernels.takes_head(product_DV)
-        return product_DV.t() if in_kernel else product_DV.float().t()
+        return product_DV.t() if kernels.takes_head(product_DV) else product_DV.float().t()
     if total_VD is None:
         total_VD = _empty_sum(left_ND, right_NV)
     _plus_product(total_VD, left_ND, right_NV)
@@ -184,7 +183,7 @@ def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alo
 def _is_product(grad_VD: Tensor, weight_VD: Tensor) -> bool:
     """Whether a gradient is one product still, [D or more, V], which a kernel turns and makes float32 as it scales."""
     fits = weight_VD.dtype == torch.float32 and not any(size % 16 for size in weight_VD.shape)
-    return torch.compiler.is_compiling() and kernels.takes_head(grad_VD) and fits
+    return kernels.takes_head(grad_VD) and fits
 
 
 def _kept(grad_VD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -303,11 +302,11 @@ def _loss_of_chunk(
     if _on_gpu(product_NV):
         found: tuple[Tensor, Tensor, Tensor] = _fused()(product_NV, bias_V, targets_N, count)
         return found
-    if torch.compiler.is_compiling():
-        if not kernels.takes_head(product_NV):
-            return _of_product(product_NV, bias_V, targets_N, count)
+    if kernels.takes_head(product_NV):
         losses_N, correct_N = kernels.head_gradient(product_NV, bias_V, targets_N)
         return losses_N.sum(), correct_N.sum() if count else losses_N.new_zeros(()), product_NV
+    if torch.compiler.is_compiling():
+        return _of_product(product_NV, bias_V, targets_N, count)
     total, correct = (product_NV.new_zeros((), dtype=torch.float32) for _ in range(2))
     rows = max(1, _TILE_ELEMENTS // product_NV.shape[1])
     for start in range(0, len(product_NV), rows):

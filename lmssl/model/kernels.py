@@ -1,8 +1,8 @@
 """Attention and the head's softmax as operators, by kernels of our own on CPUs with AMX.
 
 Torch's own kernels and what its compiler writes read and write memory many times for what fits into a cache. These
-take the place of `products_attention`, of the loop over documents and of the head's fused loops in compiled steps under
-bf16 autocast; those of `pointwise.py` of what the compiler writes for activations, norms and embeddings, that of
+take the place of `products_attention`, of the loop over documents and of the head's loops in training steps under bf16
+autocast; those of `pointwise.py` of what the compiler writes for activations, norms and embeddings, that of
 `linear.py` of the product which is a weight's gradient.
 
 Shapes: B sequences, H heads, G key/value heads, T tokens, D head width, N targets, V vocabulary.
@@ -17,22 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmssl.model.native import integers, kernel, loaded, pointer, threads, under_bf16
+from lmssl.model.native import applies, in_use, integers, kernel, pointer, threads
 
 
 def takes_head(product_NV: Tensor) -> bool:
     """Whether `head_gradient` is there for this product of the head."""
-    return loaded() and product_NV.device.type == "cpu" and product_NV.dtype == torch.bfloat16
+    return in_use() and product_NV.device.type == "cpu" and product_NV.dtype == torch.bfloat16
 
 
 def takes_attention(query_BHTD: Tensor) -> bool:
-    """Whether `attention` is there for queries of this shape, in a graph that is being compiled under autocast."""
-    return (
-        torch.compiler.is_compiling()
-        and query_BHTD.device.type == "cpu"
-        and query_BHTD.shape[-1] % 32 == 0
-        and under_bf16()
-    )
+    """Whether `attention` is there for queries of this shape."""
+    return query_BHTD.device.type == "cpu" and query_BHTD.shape[-1] % 32 == 0 and applies()
 
 
 @torch.library.custom_op("lmssl::native_attention", mutates_args=())

@@ -1,4 +1,4 @@
-"""Products of linear layers in compiled CPU steps, with the gradient of the weight by a kernel of our own.
+"""Products of linear layers in CPU steps, with the gradient of the weight by a kernel of our own.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -6,6 +6,7 @@ Shapes: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,10 +36,14 @@ def _weight_shape(grad_NO: Tensor, hidden_NI: Tensor) -> Tensor:
     return grad_NO.new_empty((grad_NO.shape[1], hidden_NI.shape[1]), dtype=torch.float32)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *weights: Tensor) -> Tensor:
-        narrow, weight = hidden.to(torch.bfloat16), torch.cat([part.to(torch.bfloat16) for part in weights])
+        narrow, weight = hidden.to(torch.bfloat16), _joined([part.to(torch.bfloat16) for part in weights])
         ctx.save_for_backward(narrow, weight)
         ctx.rows, ctx.dtypes = [len(part) for part in weights], (hidden.dtype, weights[0].dtype)
         return F.linear(narrow, weight)
@@ -56,13 +61,13 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(hidden: Tensor, *weights_OI: Tensor) -> Tensor:
-    """`F.linear` without a bias, in bfloat16, for graphs that are compiled under bf16 autocast.
+    """`F.linear` without a bias, in bfloat16, as under bf16 autocast.
 
     Args:
         weights_OI: of layers whose outputs are wanted one after another, of the same type.
     """
     fits = not any(size % 16 for weight in weights_OI for size in weight.shape)
     if not (fits and torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *weights_OI))):
-        return F.linear(hidden, torch.cat(weights_OI))
+        return F.linear(hidden, _joined(weights_OI))
     found: Tensor = _Linear.apply(hidden, *weights_OI)  # type: ignore[no-untyped-call]
     return found

@@ -1,7 +1,7 @@
 """The C++ kernels of `cpp/`, for CPUs with AMX: built once on the machine, then loaded.
 
-`kernels.py` makes operators of them. They are used in compiled steps under bf16 autocast; anywhere else, and where
-there is no compiler, torch's and the compiler's own remain.
+`kernels.py` makes operators of them. They are used in training steps under bf16 autocast, compiled or not; anywhere
+else, and where there is no compiler, torch's and its compiler's own remain.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ _FLAGS = (
     *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx512bf16", "-mfma", "-mf16c"),
 )
 _loaded: ctypes.CDLL | None = None
+_aside = False
 
 
 class BuildError(Exception):
@@ -50,7 +53,8 @@ def load(compiler: str = "g++", cache_folder: Path | None = None) -> bool:
     Raises:
         BuildError: the compiler fails, or there is none.
     """
-    global _loaded
+    global _loaded, _aside
+    _aside = False
     if _loaded is None and processor_can():
         library = library_file(compiler, cache_folder)
         if not library.exists():
@@ -94,21 +98,37 @@ def _build(compiler: str, sources: list[Path], library: Path) -> None:
         os.replace(made, library)  # several processes may build at once, each a whole file
 
 
-def loaded() -> bool:
-    """Whether they are there."""
-    return _loaded is not None
+def set_aside() -> None:
+    """Use them no more, until they are loaded again."""
+    global _aside
+    _aside = True
 
 
-def under_bf16() -> bool:
-    """Whether kernels are loaded and products on CPU are made in bfloat16."""
-    return (
-        _loaded is not None and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
+@contextmanager
+def without() -> Iterator[None]:
+    """Compute as if they were not there."""
+    global _aside
+    before, _aside = _aside, True
+    try:
+        yield
+    finally:
+        _aside = before
+
+
+def in_use() -> bool:
+    """Whether they are loaded, and not set aside."""
+    return _loaded is not None and not _aside
+
+
+def applies() -> bool:
+    """Whether they are in use for what is computed here: gradients are recorded, products on CPU made in bfloat16."""
+    rounded = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return in_use() and rounded and torch.is_grad_enabled()
 
 
 def kernel(name: str) -> Any:
     """A function of the library; its last argument is the number of threads."""
-    assert _loaded is not None, "the kernels were loaded when this graph was made"
+    assert _loaded is not None, "operators are reached where kernels are in use, and those are loaded"
     return getattr(_loaded, name)
 
 

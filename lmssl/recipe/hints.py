@@ -249,5 +249,6 @@ _VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("true", "yes", "on"), "auto"),
         **dict.fromkeys(("false", "no", "none", "null"), "off"),
     },
+    "train.kernels": dict.fromkeys(("true", "yes"), "on") | dict.fromkeys(("false", "no", "none", "null"), "off"),
     "kind": {"txt": "text", "json": "jsonl", "hf": "datasets", "hub": "datasets"},
 }

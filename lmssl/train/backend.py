@@ -46,6 +46,8 @@ class Backend(ABC):
 
     compile_modes: ClassVar[tuple[str, ...]] = ("off", "layers", "model")
     """What it can compile."""
+    kernels: ClassVar[bool] = True
+    """Whether a layer may read the weights of its parts without calling them, as our own kernels do."""
 
     def __init__(self, core: LossModule, module: nn.Module, accelerator: Accelerator, optimizer: Any) -> None:
         self.core = core

@@ -24,8 +24,8 @@ from lmssl.train.state import TrainState
 FREE_FIELDS = (
     *("name", "out", "checkpoint", "evaluate", "track", "card", "data.workers", "data.cache"),
     *("data.remote_cache_bytes", "data.max_bad_records", "data.skip", "data.stages", "data.validation.sets"),
-    *("train.compile", "train.micro_batch_sequences", "train.log_every_steps", "train.max_skipped_steps"),
-    *("train.activation_checkpointing", "train.deterministic", "train.hang_seconds", "guard"),
+    *("train.compile", "train.kernels", "train.micro_batch_sequences", "train.log_every_steps", "guard"),
+    *("train.max_skipped_steps", "train.activation_checkpointing", "train.deterministic", "train.hang_seconds"),
 )
 """Fields that may differ when a run continues: they move neither the order of data nor the update.
 

@@ -31,6 +31,10 @@ from lmssl.train.precision import bf16_is_faster
 
 COMPILE_PAYS_FLOPS_PER_THREAD = 1e13
 """Training FLOPs per CPU thread from which compiling (20 to 60 s) is repaid; see docs/performance.md."""
+COMPILE_PAYS_BESIDE_KERNELS = 1e14
+"""The same where steps are made by kernels of our own, compiled or not."""
+KERNELS_PAY_FLOPS_PER_THREAD = 1e12
+"""Training FLOPs per CPU thread from which kernels are built (10 s, once on a machine)."""
 COMPILE_PAYS_FLOPS_DEVICE = 1e16
 """The same for an accelerator."""
 
@@ -182,11 +186,13 @@ def choose_compile(
     num_parameters: int,
     tokens_left: int,
     modes: Sequence[str] = ("off", "layers", "model"),
+    kernels: bool = False,
 ) -> CompileMode:
     """What `train.compile` means for this run on this machine.
 
     Args:
         modes: what the backend can compile.
+        kernels: steps are made by kernels of our own.
     Raises:
         TrainingError: the recipe wants what the backend cannot compile.
     """
@@ -202,7 +208,8 @@ def choose_compile(
     flops = 6.0 * num_parameters * tokens_left
     if device.type != "cpu":
         return "layers" if flops >= COMPILE_PAYS_FLOPS_DEVICE and "layers" in modes else "off"
-    pays = flops >= COMPILE_PAYS_FLOPS_PER_THREAD * torch.get_num_threads() and can_compile()
+    per_thread = COMPILE_PAYS_BESIDE_KERNELS if kernels else COMPILE_PAYS_FLOPS_PER_THREAD
+    pays = flops >= per_thread * torch.get_num_threads() and can_compile()
     found: CompileMode = "model" if "model" in modes else "layers" if "layers" in modes else "off"
     return found if pays else "off"
 
@@ -214,8 +221,24 @@ def can_compile() -> bool:
     return compiler is not None and headers.exists()
 
 
+def may_use_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this processor has what our own kernels need, and the recipe lets them be used.
+
+    Args:
+        dtype: of matrix products.
+    """
+    on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+    return on_cpu and recipe.train.kernels != "off" and native.processor_can()
+
+
+def kernels_pay(recipe: Recipe, num_parameters: int) -> bool:
+    """Whether an uncompiled run is long enough to build them; all of it counts, so that it goes on as it began."""
+    flops = 6.0 * num_parameters * recipe.batches.total_tokens
+    return recipe.train.kernels == "on" or flops >= KERNELS_PAY_FLOPS_PER_THREAD * torch.get_num_threads()
+
+
 def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
-    """Let compiled steps on CPU use our own kernels; where they cannot be built, say so and go on with torch's."""
+    """Let training steps on CPU use our own kernels; where they cannot be built, say so and go on with torch's."""
     compiler, home = os.environ.get("CXX", "g++"), os.environ.get("XDG_CACHE_HOME")
     cache_folder = Path(home) / "lmssl" if home else None
     try:
@@ -228,7 +251,7 @@ def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
 
 
 def _graph_passes() -> dict[str, Any] | None:
-    if not native.loaded():
+    if not native.in_use():
         return None
     from lmssl.model.tied import JoinTiedGradients  # here, for it imports the compiler
 

@@ -49,8 +49,10 @@ from lmssl.train.launch import (
     choose_compile,
     compile_module,
     keep_memory,
+    kernels_pay,
     launched_rank,
     load_kernels,
+    may_use_kernels,
     open_accelerator,
     set_determinism,
     with_precision,
@@ -107,12 +109,8 @@ def open_session(
     kind = backend_class(accelerator, recipe)
     check_precision(precision, accelerator.device, kind.__name__)
     _change_layers(core, recipe, report)
-    num_parameters = sum(p.numel() for p in core.parameters())
     left = recipe.batches.total_tokens - state.tokens_seen
-    compiled = choose_compile(
-        recipe, accelerator.device, num_parameters=num_parameters, tokens_left=left, modes=kind.compile_modes
-    )
-    _compile(core, compiled, accelerator.device, report)
+    compiled = _make_fast(core, kind, recipe, accelerator.device, left, report)
     backend = _open_backend(kind, core, accelerator, recipe, found)
     if precision == "fp16":
         backend.loss_scale = LossScale(accelerator.device, saved=state.loss_scale)
@@ -184,11 +182,20 @@ def _change_layers(core: LossModule, recipe: Recipe, report: Report) -> None:
         recompute_layers(core, 1 if every == "full" else every)
 
 
-def _compile(core: LossModule, mode: CompileMode, device: torch.device, report: Report) -> None:
-    """Compile in place; bf16 steps on CPU run kernels of our own, where the processor has what they need."""
-    if mode != "off" and device.type == "cpu" and core.dtype == torch.bfloat16:
+def _make_fast(
+    core: LossModule, kind: type[Backend], recipe: Recipe, device: torch.device, tokens_left: int, report: Report
+) -> CompileMode:
+    """Give steps kernels of our own and compile them in place, where the recipe, the machine and the backend let us."""
+    sizes = {"num_parameters": sum(p.numel() for p in core.parameters()), "tokens_left": tokens_left}
+    kernels = kind.kernels and may_use_kernels(recipe, device, core.dtype)
+    compiled = choose_compile(recipe, device, **sizes, modes=kind.compile_modes, kernels=kernels)
+    native.set_aside()  # an earlier run in this process may have had them
+    if kernels and (compiled != "off" or kernels_pay(recipe, sizes["num_parameters"])):
         load_kernels(core, report)
-    compile_module(core, mode)
+    if recipe.train.kernels == "on" and not native.in_use():
+        report("train.kernels: on, but this run has none: they need bf16 on a CPU with AMX, and no DeepSpeed")
+    compile_module(core, compiled)
+    return compiled
 
 
 def backend_class(accelerator: Accelerator, recipe: Recipe) -> type[Replicated | FullySharded | Zero]:
@@ -348,7 +355,7 @@ def _about(session: Session) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precision": session.recipe.train.precision,
         "compile": session.compiled,
-        "kernels": session.compiled != "off" and native.loaded(),
+        "kernels": native.in_use(),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
         "python": platform.python_version(),
     }

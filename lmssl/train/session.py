@@ -23,6 +23,7 @@ from lmssl.evaluate.questions import Question
 from lmssl.evaluate.reader import Reader
 from lmssl.evaluate.samples import Blank, Kind, held_out, samples_row, write_samples
 from lmssl.evaluate.suite import evaluate_suite, result_row
+from lmssl.model import native
 from lmssl.model.rope import rope_theta, set_rope_theta
 from lmssl.objective.base import MicroBatch, Objective, SumObjective, Unpadded
 from lmssl.objective.module import LossModule
@@ -32,7 +33,7 @@ from lmssl.recipe.sections import Recipe
 from lmssl.recipe.suite import AnyEvaluation
 from lmssl.train.backend import Backend, Replicated
 from lmssl.train.console import Report
-from lmssl.train.proof import compiled_difference, has_dropout
+from lmssl.train.proof import has_dropout, step_difference
 from lmssl.train.set_aside import SetAside
 from lmssl.train.state import TrainState
 
@@ -79,7 +80,7 @@ class Session:
     saver: Saver
     asked: Asked = Asked()
     proven_shapes: set[tuple[torch.Size, ...]] = field(default_factory=set)
-    """Of inputs on which the compiled step was compared with the plain one."""
+    """Of inputs on which the step was compared with the plain one."""
 
     @property
     def accelerator(self) -> Accelerator:
@@ -106,9 +107,9 @@ class Session:
         )
 
     def begin_step(self, micro: MicroBatch) -> None:
-        """What comes before an update: its stage's settings, and for new shapes a proof of the compiled step."""
+        """What comes before an update: its stage's settings, and a proof of a step that is not plain."""
         self.follow_stage()
-        self.prove_compiled(micro)
+        self.prove_step(micro)
 
     def restore_rope_theta(self) -> None:
         """Give a model that is continued the rotary base of its last step, with which it may be evaluated or saved."""
@@ -126,26 +127,31 @@ class Session:
         if step and plan.sequence_length(step) != plan.sequence_length(step - 1):
             self.report(f"from step {step + 1} on, sequences have {plan.sequence_length(step)} tokens")
 
-    def prove_compiled(self, micro: MicroBatch) -> None:
-        """Where the compiled step on CPU differs from the plain one on a micro-batch, say so and go on without it.
+    def prove_step(self, micro: MicroBatch) -> None:
+        """Where a step on CPU differs from the plain one on a micro-batch, say so and go on with the plain one.
 
-        Shapes that were compared before are not compared again.
+        Compiled, shapes that were compared before are not compared again; kernels are compared once.
         """
-        shapes = tuple(tensor.shape for tensor in micro.inputs.values())
-        if self.compiled == "off" or self.accelerator.device.type != "cpu" or shapes in self.proven_shapes:
+        compiled = self.compiled != "off"
+        shapes = tuple(tensor.shape for tensor in micro.inputs.values()) if compiled else ()
+        plain = not (compiled or native.in_use())
+        if plain or self.accelerator.device.type != "cpu" or shapes in self.proven_shapes:
             return
         self.proven_shapes.add(shapes)
         whole = isinstance(self.backend, Replicated)  # the proof takes gradients past whatever wraps the module
         if not whole or not isinstance(self.objective, SumObjective) or has_dropout(self.core.model):
             return
-        difference = compiled_difference(self.core, micro.inputs, self.objective.weights)
-        if difference is not None:
+        difference = step_difference(self.core, micro.inputs, self.objective.weights)
+        if difference is None:
+            return
+        if compiled:
             torch.compiler.set_stance("force_eager")
             self.compiled = "off"
-            self.report(
-                f"the compiled step is wrong, it has {difference}: going on without compilation; another compiler may "
-                "be right, such as CXX=clang++"
-            )
+        native.set_aside()
+        whose = "the compiled step" if compiled else "the step by our own kernels"
+        instead = "without compilation" if compiled else "with torch's"
+        remedy = "another compiler may be right, such as CXX=clang++"
+        self.report(f"{whose} is wrong, it has {difference}: going on {instead}; {remedy}")
 
     def evaluate(self, go_on: Callable[[], bool] = lambda: True) -> dict[str, LossResult] | None:
         """Loss on the held-out split and on validation sets; None where there is none, or after a no of `go_on`."""

@@ -31,6 +31,7 @@ class Zero(Backend):
     """States (1), gradients too (2), weights too (3) are divided over ranks; weights and states are float32."""
 
     compile_modes = ("off",)  # stage 3 has hooks on every module, which break graphs; 1 and 2 are untried
+    kernels = False  # stage 3 gathers the weights of a module when that is called
 
     def __init__(self, core: LossModule, accelerator: Accelerator, build: Build) -> None:
         import deepspeed  # an optional package, which takes seconds to import

@@ -29,13 +29,13 @@ def test_a_run_builds_them_and_the_next_one_finds_them(tmp_path: Path, monkeypat
     said: list[str] = []
     load_kernels(nn.Linear(2, 2), said.append)
     assert said == ["building kernels for this processor, once, in about 10 s"]
-    assert native.loaded()
+    assert native.in_use()
     (built,) = (tmp_path / "cache/lmssl").iterdir()
     assert built == native.library_file("g++", tmp_path / "cache/lmssl")
     monkeypatch.setattr(native, "_loaded", None)
     monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
     load_kernels(nn.Linear(2, 2), said.append)
-    assert len(said) == 1 and native.loaded()
+    assert len(said) == 1 and native.in_use()
 
 
 def test_another_version_of_torch_or_compiler_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_what_the_compiler_says_is_told_and_training_goes_on(tmp_path: Path, mon
         monkeypatch.setenv("CXX", path)
         said: list[str] = []
         load_kernels(nn.Linear(2, 2), said.append)
-        assert not native.loaded()
+        assert not native.in_use()
         assert said[-1] == f"kernels for this processor cannot be built, torch's are used, which are slower: {words}"
     assert not list((tmp_path / "cache/lmssl").glob("*"))
 
@@ -71,4 +71,4 @@ def test_a_processor_without_the_instructions_builds_nothing(tmp_path: Path, mon
     monkeypatch.setattr(native, "processor_can", lambda: False)
     said: list[str] = []
     load_kernels(nn.Linear(2, 2), said.append)
-    assert not said and not native.loaded() and not (tmp_path / "cache").exists()
+    assert not said and not native.in_use() and not (tmp_path / "cache").exists()

@@ -15,6 +15,7 @@ import pytest
 
 from lmssl import checkpoint
 from lmssl.checkpoint.folder import step_path
+from lmssl.model import native
 from runs import assert_equal_runs, metrics, small_recipe, write_recipe
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -67,9 +68,16 @@ def interrupt_at(recipe: Path, run: Path, step: int, how: signal.Signals, *, sav
     return process.returncode
 
 
-@pytest.mark.parametrize("compiled", ["off", pytest.param("model", marks=pytest.mark.slow)])
-def test_killed_twice_equals_uninterrupted(tmp_path: Path, text_folder: Path, compiled: str) -> None:
-    change = {"train.compile": compiled, "checkpoint.every_steps": 4, "evaluate.every_steps": 6}
+@pytest.mark.parametrize("made", ["plainly", "by kernels", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_killed_twice_equals_uninterrupted(tmp_path: Path, text_folder: Path, made: str) -> None:
+    if made == "by kernels" and not native.processor_can():
+        pytest.skip("the processor has no AMX")
+    steps = {
+        "plainly": {"train.kernels": "off"},
+        "by kernels": {"train.kernels": "on", "train.precision": "bf16"},
+        "compiled": {"train.compile": "model"},
+    }
+    change = {"checkpoint.every_steps": 4, "evaluate.every_steps": 6, **steps[made]}
     whole = small_recipe(text_folder, tmp_path / "whole", tmp_path / "cache-a", steps=20, **change)
     finish(write_recipe(tmp_path / "whole.yaml", whole))
     killed = small_recipe(text_folder, tmp_path / "killed", tmp_path / "cache-b", steps=20, **change)
@@ -80,9 +88,11 @@ def test_killed_twice_equals_uninterrupted(tmp_path: Path, text_folder: Path, co
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
     rows = metrics(tmp_path / "killed")
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 21))
-    sessions = (tmp_path / "killed" / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(sessions[0])["from_step"] == 0
-    assert all(json.loads(line)["from_step"] >= 4 for line in sessions[1:])
+    lines = (tmp_path / "killed" / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
+    sessions = [json.loads(line) for line in lines]
+    assert sessions[0]["from_step"] == 0
+    assert all(session["from_step"] >= 4 for session in sessions[1:])
+    assert made == "compiled" or all(session["kernels"] == (made == "by kernels") for session in sessions)
 
 
 @pytest.mark.parametrize(

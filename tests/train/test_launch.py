@@ -19,6 +19,7 @@ from lmssl.errors import TrainingError
 from lmssl.model.build import build_model
 from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
+from lmssl.train import launch
 from lmssl.train.backend import Replicated
 from lmssl.train.fully_sharded import FullySharded
 from lmssl.train.launch import choose_compile, compile_module, open_accelerator
@@ -181,6 +182,44 @@ def test_a_backend_compiles_what_it_can(tmp_path: Path) -> None:
         choose_compile(auto, torch.device("cuda"), **sizes, modes=kind.compile_modes) for kind in (FullySharded, Zero)
     ]
     assert found == ["layers", "off"]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_when_kernels_are_used_and_what_is_compiled_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(launch.native, "processor_can", lambda: True)
+    monkeypatch.setattr(launch, "can_compile", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    auto, on, off = (
+        recipe_of(tmp_path, **{"train.compile": "auto", "train.kernels": kernels}) for kernels in ("auto", "on", "off")
+    )
+    for recipe, device, dtype, expected in (
+        (auto, cpu, torch.bfloat16, True),
+        (on, cpu, torch.bfloat16, True),
+        (off, cpu, torch.bfloat16, False),
+        (auto, cpu, torch.float32, False),
+        (on, cuda, torch.bfloat16, False),
+    ):
+        assert launch.may_use_kernels(recipe, device, dtype) == expected
+    tokens = auto.batches.total_tokens
+    enough = int(threads * launch.KERNELS_PAY_FLOPS_PER_THREAD / 6 / tokens)
+    assert [launch.kernels_pay(auto, enough + more) for more in (-2, 2)] == [False, True]
+    assert launch.kernels_pay(on, 1)
+    for kernels, flops in ((False, launch.COMPILE_PAYS_FLOPS_PER_THREAD), (True, launch.COMPILE_PAYS_BESIDE_KERNELS)):
+        enough = int(threads * flops / 6 / 1000)
+        found = [
+            choose_compile(auto, cpu, num_parameters=enough + more, tokens_left=1000, kernels=kernels)
+            for more in (-2, 2)
+        ]
+        assert found == ["off", "model"]
+    monkeypatch.setattr(launch.native, "processor_can", lambda: False)
+    assert not launch.may_use_kernels(on, cpu, torch.bfloat16)
+
+
+def test_deepspeed_gathers_weights_of_what_is_called() -> None:
+    assert (Replicated.kernels, FullySharded.kernels, Zero.kernels) == (True, True, False)
 
 
 def compiled_parts(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:

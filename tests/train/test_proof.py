@@ -1,4 +1,4 @@
-"""A compiler that is wrong is found before the first update, and training goes on without it."""
+"""A compiler or a kernel that is wrong is found before the first update, and training goes on without it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch._dynamo.backends.common import aot_autograd
 
 from kinds import tiny
 from lmssl.data.batch import SequenceBatch
+from lmssl.model import fused, native
 from lmssl.objective.base import MicroBatch
 from lmssl.objective.causal import CausalObjective
 from lmssl.objective.module import LossModule
 from lmssl.recipe.load import load_recipe
 from lmssl.train import opening
-from lmssl.train.proof import compiled_difference, has_dropout
+from lmssl.train.proof import has_dropout, step_difference
 from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
 
@@ -65,7 +66,7 @@ def plain(graph: Any, _inputs: Any) -> Any:
 def test_a_right_compiler_is_found_right_and_leaves_no_gradients() -> None:
     ours = module()
     ours.compile(backend="aot_eager", dynamic=False)
-    assert compiled_difference(ours, micro_batch().inputs, {"causal": 1.0}) is None
+    assert step_difference(ours, micro_batch().inputs, {"causal": 1.0}) is None
     assert all(p.grad is None for p in ours.parameters())
 
 
@@ -73,14 +74,14 @@ def test_a_right_compiler_is_found_right_and_leaves_no_gradients() -> None:
 def test_wrong_gradients_are_named(factor: float) -> None:
     ours = module()
     ours.compile(backend=aot_autograd(fw_compiler=plain, bw_compiler=scaled(factor)), dynamic=False)
-    found = compiled_difference(ours, micro_batch().inputs, {"causal": 1.0})
+    found = step_difference(ours, micro_batch().inputs, {"causal": 1.0})
     assert found is not None and found.startswith("a gradient of model.")
 
 
 def test_a_wrong_loss_is_named() -> None:
     ours = module()
     ours.compile(backend=aot_autograd(fw_compiler=scaled(1.5), bw_compiler=plain), dynamic=False)
-    found = compiled_difference(ours, micro_batch().inputs, {"causal": 1.0})
+    found = step_difference(ours, micro_batch().inputs, {"causal": 1.0})
     assert found is not None and found.startswith("a loss of")
 
 
@@ -111,3 +112,22 @@ def test_a_run_goes_on_without_a_wrong_compiler(
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("eager", "wrong")]
     assert losses[0] == losses[1]
     assert json.dumps(losses[1]).count("NaN") == 0
+
+
+@pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
+def test_a_run_goes_on_without_a_wrong_kernel(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers as without kernels, and a line that says why."""
+    swiglu = fused.swiglu
+    for name, kernels, factor in (("torch", "off", 1.0), ("wrong", "on", 1.2), ("right", "on", 1.0)):
+        monkeypatch.setattr(fused, "swiglu", lambda product, factor=factor: factor * swiglu(product))
+        changes = {"train.precision": "bf16", "train.compile": "off", "train.kernels": kernels}
+        recipe = small_recipe(text_folder, tmp_path / name, tmp_path / "cache", steps=3, **changes)
+        train(load_recipe(write_recipe(tmp_path / f"{name}.yaml", recipe)))
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("the step by our own kernels is wrong" in said) == (name == "wrong")
+        assert native.in_use() == (name == "right")
+    losses = {name: [row["loss"] for row in metrics(tmp_path / name)] for name in ("torch", "wrong", "right")}
+    assert losses["wrong"] == losses["torch"] != losses["right"]
+    assert losses["right"] == pytest.approx(losses["torch"], rel=2e-3)
