@@ -242,6 +242,28 @@ def test_clipping_scales_the_whole_gradient() -> None:
         torch.testing.assert_close(a * (0.01 / norm), b, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("damage", [None, torch.nan, torch.inf])
+def test_clipping_is_torchs_bit_for_bit(damage: float | None) -> None:
+    """Where gradients are short enough they are left alone, as torch does by 1.0; the limits are next to the norm."""
+    module, optimizer = built(LLAMA, TwoTerms())
+    backend = Replicated(module, Accelerator(cpu=True), lambda: optimizer)
+    parameters = list(module.parameters())
+    drawn = [torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) for p in parameters]
+    if damage is not None:
+        drawn[3].view(-1)[1] = damage
+    size = float(torch.stack([x.norm() for x in drawn]).norm().nan_to_num(1.0, posinf=1.0))
+    limits = [] if damage is not None else [None]  # without a limit torch makes all of them NaN where one is
+    for limit in (*limits, 0.5 * size, *(size + 1e-6 + part * 1e-6 * size for part in (-1, 0, 1)), 2 * size):
+        found = []
+        for clip in (backend.clip, lambda limit: torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))):
+            for parameter, gradient in zip(parameters, drawn, strict=True):
+                parameter.grad = gradient.clone()
+            found.append([clip(limit).clone(), *(p.grad for p in parameters)])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+            assert torch.equal(ours.isnan(), theirs.isnan())
+
+
 @pytest.mark.parametrize("objective", [TwoTerms, Contrast])
 @pytest.mark.parametrize("stop_at", [0, 1, 2])
 def test_a_stop_drops_what_was_accumulated(objective: type[TwoTerms | Contrast], stop_at: int) -> None:
