@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from entrants import BASELINE, MODELS, OURS, PEERS, ours, peers_of, prepare, theirs
+from entrants import BASELINE, MODELS, OURS, PEERS, UNCOMPILED, ours, peers_of, prepare, theirs
 from environment import peers_python
 from record import place, versions_in, without_compiling, write
 
@@ -49,13 +49,16 @@ def main() -> None:
     args = parse()
     peers = {name: peer for name, peer in peers_of(args.objective).items() if name not in args.skip}
     python = peers_python("train")
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *peers)}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, UNCOMPILED, *peers)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         section = prepare(folder, args)
         for repeat in range(args.repeats):
             for name in rows:
-                found = ours(folder, section, args, repeat) if name == OURS else theirs(folder, peers[name], args)
+                if name in peers:
+                    found = theirs(folder, peers[name], args)
+                else:
+                    found = ours(folder, section, args, repeat, compiled=name == OURS)
                 seconds = found["step_seconds"]
                 found["rate"] = args.rows * args.length / statistics.median(seconds[args.warmup :])
                 rows[name].append(found)

@@ -20,6 +20,8 @@ from lmssl.recipe.data import PythonDocsCorpus
 from lmssl.shipped import find
 
 OURS = "lmssl"
+UNCOMPILED = "lmssl, not compiled"
+"""What short runs are: kernels of our own where the processor can, and no wait for a compiler."""
 BASELINE = "Trainer, defaults: fp32, eager"
 TOKENIZERS = {"causal": "tokenizer/bpe-16k", "masked": "tokenizer/wordpiece-30k"}
 
@@ -128,14 +130,19 @@ def recipe_of(folder: Path, section: dict[str, Any], args: argparse.Namespace, n
     }
 
 
-def ours(folder: Path, section: dict[str, Any], args: argparse.Namespace, number: int) -> dict[str, Any]:
+def ours(
+    folder: Path, section: dict[str, Any], args: argparse.Namespace, number: int, *, compiled: bool = True
+) -> dict[str, Any]:
     """One lmssl run; step times come from its metrics."""
-    path = folder / f"recipe-{number}.yaml"
-    path.write_text(json.dumps(recipe_of(folder, section, args, str(number))), encoding="utf-8")
+    name = f"{number}{'' if compiled else '-plain'}"
+    path, recipe = folder / f"recipe-{name}.yaml", recipe_of(folder, section, args, name)
+    if not compiled:
+        recipe["train"] |= {"compile": "off", "kernels": "on"}
+    path.write_text(json.dumps(recipe), encoding="utf-8")
     run([sys.executable, "-m", "lmssl", "prepare", str(path)])  # the peers tokenize before their first step, too
     run([sys.executable, "-m", "lmssl", "train", str(path)])
-    rows = train_rows(folder / f"run-{number}")
-    about = json.loads((folder / f"run-{number}/sessions.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    rows = train_rows(folder / f"run-{name}")
+    about = json.loads((folder / f"run-{name}/sessions.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     seconds = [row["time"]["seconds"] for row in rows]
     waits = [row["time"]["data_wait_ratio"] for row in rows[args.warmup :]]
     told = {"loss": rows[-1]["loss"], "threads": about["threads"], "precision": about["precision"]}
