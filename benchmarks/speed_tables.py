@@ -19,6 +19,11 @@ def precision(record: dict[str, Any]) -> str:
     return str(record.get("precision", "fp32" if record["benchmark"] == "time_to_loss" else "bf16"))
 
 
+def _baseline(record: dict[str, Any]) -> str:
+    """The entrant that all others are measured by."""
+    return next(str(entrant["name"]) for entrant in record["entrants"] if set(entrant["ratio_to_defaults"]) == {1.0})
+
+
 def train(record: dict[str, Any]) -> str:
     """Training rates, median over rounds with the range; ratios are taken round by round."""
     rate = record.get("rate")
@@ -28,7 +33,7 @@ def train(record: dict[str, Any]) -> str:
         f"## Training, {'causal' if rate is None else 'masked'}, CPU, {precision(record)}\n",
         f"{_shape(record)}; {batch}{masked}; {record['steps']} steps, "
         f"the first {record['warmup']} not counted; same text (python_docs), tokenizer and threads, processes in "
-        f"turn. Ratio: to {record['entrants'][1]['name']}.\n",
+        f"turn. Ratio: to {_baseline(record)}.\n",
         "| entrant | tokens/s | ratio | lmssl / it | seconds to the first step's end |",
         "| --- | --- | --- | --- | --- |",
     ]
