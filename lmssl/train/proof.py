@@ -51,7 +51,9 @@ def has_dropout(model: nn.Module) -> bool:
 def _gradients(
     module: LossModule, inputs: Mapping[str, Tensor], weights: Mapping[str, float]
 ) -> tuple[float, dict[str, Tensor]]:
-    sums = module(dict(inputs))
+    with torch.random.fork_rng(devices=()):  # dropout is the same on both sides, and training draws what it would have
+        torch.manual_seed(0)
+        sums = module(dict(inputs))
     loss = torch.stack([weight * sums[term] for term, weight in weights.items()]).sum()
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)  # past the hooks that DDP has

@@ -139,7 +139,8 @@ class Session:
             return
         self.proven_shapes.add(shapes)
         whole = isinstance(self.backend, Replicated)  # the proof takes gradients past whatever wraps the module
-        if not whole or not isinstance(self.objective, SumObjective) or has_dropout(self.core.model):
+        otherwise = compiled and has_dropout(self.core.model)
+        if not whole or not isinstance(self.objective, SumObjective) or otherwise:
             return
         difference = step_difference(self.core, micro.inputs, self.objective.weights)
         if difference is None:

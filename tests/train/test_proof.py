@@ -114,15 +114,36 @@ def test_a_run_goes_on_without_a_wrong_compiler(
     assert json.dumps(losses[1]).count("NaN") == 0
 
 
+DROPPED: dict[str, Any] = {
+    "tokenizer": {"path": "tokenizer/wordpiece-8k"},
+    "objective": {"kind": "masked"},
+    "model": {
+        "kind": "bert",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_dropout_prob": 0.3,
+        "attention_probs_dropout_prob": 0.3,
+    },
+}
+
+
 @pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
+@pytest.mark.parametrize(("piece", "family"), [("swiglu", {}), ("linear", DROPPED)])
 def test_a_run_goes_on_without_a_wrong_kernel(
-    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    text_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    piece: str,
+    family: dict[str, Any],
 ) -> None:
-    """The same numbers as without kernels, and a line that says why."""
-    swiglu = fused.swiglu
+    """The same numbers as without kernels, and a line that says why; with dropout, which the proof leaves as it was."""
+    function = getattr(fused, piece)
     for name, kernels, factor in (("torch", "off", 1.0), ("wrong", "on", 1.2), ("right", "on", 1.0)):
-        monkeypatch.setattr(fused, "swiglu", lambda product, factor=factor: factor * swiglu(product))
-        changes = {"train.precision": "bf16", "train.compile": "off", "train.kernels": kernels}
+        monkeypatch.setattr(fused, piece, lambda *given, factor=factor: factor * function(*given))
+        changes = {"train.precision": "bf16", "train.compile": "off", "train.kernels": kernels, **family}
         recipe = small_recipe(text_folder, tmp_path / name, tmp_path / "cache", steps=3, **changes)
         train(load_recipe(write_recipe(tmp_path / f"{name}.yaml", recipe)))
         said = " ".join(capsys.readouterr().out.split())

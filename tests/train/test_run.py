@@ -48,6 +48,16 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path, text_folder: Pat
     assert rates[8:] == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_kernels_that_cannot_be_had_are_missed(
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kernels, wanted in (("on", True), ("auto", False)):
+        (tmp_path / kernels).mkdir()
+        run(tmp_path / kernels, text_folder, steps=1, **{"train.precision": "fp32", "train.kernels": kernels})
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("this run has none: they need bf16 on a CPU with AMX" in said) == wanted
+
+
 def test_micro_batches_do_not_change_the_run(tmp_path: Path, text_folder: Path) -> None:
     """16 sequences in one, in unequal and in padded micro-batches; float32 to rounding."""
     found = []
