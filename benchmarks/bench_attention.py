@@ -53,7 +53,7 @@ def ways(segments: Tensor, head: int, causal: bool) -> dict[str, Callable[[Tenso
         "kernel, mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, scale=scale),
         "loop": lambda q, k, v: _loop(q, k, v, segments, causal, scale, 0)[0],
     }
-    if native.loaded():
+    if native.in_use():
         found["tiles"] = lambda q, k, v: kernels.attention(q, k, v, segments, causal, scale, 0)[0]
     return found
 

@@ -247,7 +247,7 @@ def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "flops": flops(products),
         "num_products": len(products),
     }
-    if native.loaded() and dtype == torch.bfloat16:
+    if native.in_use() and dtype == torch.bfloat16:
         assert found.segments is not None
         rate = row["flops"] / row["seconds"]
         return row | {"attention_seconds": attention_flops(recipe, found.segments, causal) / rate}
