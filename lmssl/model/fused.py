@@ -135,10 +135,11 @@ def _around_norms(part: Any) -> None:
         fits = hidden_states.dtype == torch.float32 and hidden_states.shape[-1] % 16 == 0 and not args
         if not (fits and applies()):
             return forward(part, hidden_states, *args, **kwargs)
-        around, narrow = rms_norm(None, hidden_states, first.weight, first.variance_epsilon)
-        attended = part.self_attn(hidden_states=narrow, **kwargs)[0]
-        around, narrow = rms_norm(attended, around, second.weight, second.variance_epsilon)
-        return around + part.mlp(narrow)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        around, normed = rms_norm(None, hidden_states, first.weight, first.variance_epsilon, dtype)
+        attended = part.self_attn(hidden_states=normed, **kwargs)[0]
+        around, normed = rms_norm(attended, around, second.weight, second.variance_epsilon, dtype)
+        return around + part.mlp(normed)
 
     part.forward = MethodType(run, part)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmssl.errors import ModelError
-from lmssl.model import kernels
+from lmssl.model import kernels, native
 
 IGNORE = -100
 """Target of a position that predicts nothing, as in torch and transformers."""
@@ -173,7 +173,7 @@ def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alo
     """`total_VD += right_NV.T @ left_ND`, summed in float32 and in place, or the product if it is the only one."""
     if alone and not _on_gpu(left_ND):
         product_DV = _product(_turned(left_ND), right_NV)
-        return product_DV.t() if kernels.takes_head(product_DV) else product_DV.float().t()
+        return product_DV.t() if native.takes(product_DV) else product_DV.float().t()
     if total_VD is None:
         total_VD = _empty_sum(left_ND, right_NV)
     _plus_product(total_VD, left_ND, right_NV)
@@ -183,7 +183,7 @@ def _add_product(total_VD: Tensor | None, left_ND: Tensor, right_NV: Tensor, alo
 def _is_product(grad_VD: Tensor, weight_VD: Tensor) -> bool:
     """Whether a gradient is one product still, [D or more, V], which a kernel turns and makes float32 as it scales."""
     fits = weight_VD.dtype == torch.float32 and not any(size % 16 for size in weight_VD.shape)
-    return kernels.takes_head(grad_VD) and fits
+    return native.takes(grad_VD) and fits and grad_VD.stride(0) == 1
 
 
 def _kept(grad_VD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -213,9 +213,9 @@ _GPU_TILE_ELEMENTS = 2**25
 
 
 def _empty_sum(left_ND: Tensor, right_NV: Tensor) -> Tensor:
-    """Zeros [V, D], laid out as products on CPU are, [D, V], where the compiler turns them in a later pass anyway."""
-    (_, width), (_, vocabulary) = left_ND.shape, right_NV.shape
-    if torch.compiler.is_compiling() and not left_ND.is_cuda:
+    """Zeros [V, D], laid out as rounded products on CPU are, [D, V], where the compiler turns them anyway."""
+    width, vocabulary = left_ND.shape[1], right_NV.shape[1]
+    if torch.compiler.is_compiling() and not left_ND.is_cuda and left_ND.dtype != torch.float32:
         return left_ND.new_zeros(width, vocabulary, dtype=torch.float32).t()
     return left_ND.new_zeros(vocabulary, width, dtype=torch.float32)
 
@@ -228,14 +228,20 @@ def _plus_product(total_VD: Tensor, left_ND: Tensor, right_NV: Tensor) -> None:
     gcc 12 at -O3 makes garbage of that on CPUs with AVX-512 (torch 2.13; without SLP vectorisation it does not).
     """
     on_gpu = _on_gpu(left_ND)
-    if on_gpu and left_ND.dtype != torch.float32 and _sums_in_place(left_ND.device, left_ND.dtype):
+    if left_ND.dtype == torch.float32:  # nothing is rounded in between
+        total_VD.addmm_(right_NV.t(), left_ND)
+        return
+    if on_gpu and _sums_in_place(left_ND.device, left_ND.dtype):
         torch.addmm(total_VD, right_NV.t(), left_ND, out_dtype=torch.float32, out=total_VD)
         return
     turned_DN = left_ND.t() if on_gpu else left_ND.t().contiguous()
     rows = _tile_rows(left_ND.shape[1], _GPU_TILE_ELEMENTS if on_gpu else _TILE_ELEMENTS)
     for start in range(0, len(total_VD), rows):
         part_NV = right_NV[:, start : start + rows]
-        product_VD = _wide_product(part_NV.t(), left_ND) if on_gpu else _product(turned_DN, part_NV).t()
+        if on_gpu:  # sums are not rounded in between, which CUDA alone offers
+            product_VD = torch.mm(part_NV.t(), left_ND, out_dtype=torch.float32)
+        else:
+            product_VD = _product(turned_DN, part_NV).t()
         total_VD[start : start + rows] += product_VD
 
 
@@ -274,11 +280,6 @@ def _on_gpu(hidden_ND: Tensor) -> bool:
     return hidden_ND.is_cuda and not torch.compiler.is_compiling()
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in float32; with factors of 16 bits, sums are not rounded in between, which CUDA alone offers."""
-    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
-
-
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient * factor`, rounded once, in its place where no compiler looks on: it is large and nobody else's."""
     # A factor without dimensions would first be rounded to the gradient's type, though not by kernels on CPU.
@@ -302,7 +303,7 @@ def _loss_of_chunk(
     if _on_gpu(product_NV):
         found: tuple[Tensor, Tensor, Tensor] = _fused()(product_NV, bias_V, targets_N, count)
         return found
-    if kernels.takes_head(product_NV):
+    if native.takes(product_NV):
         losses_N, correct_N = kernels.head_gradient(product_NV, bias_V, targets_N)
         return losses_N.sum(), correct_N.sum() if count else losses_N.new_zeros(()), product_NV
     if torch.compiler.is_compiling():

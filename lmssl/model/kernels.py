@@ -1,9 +1,9 @@
-"""Attention and the head's softmax as operators, by kernels of our own on CPUs with AMX.
+"""Attention and the head's softmax as operators, by kernels of our own on x86 CPUs.
 
 Torch's own kernels and what its compiler writes read and write memory many times for what fits into a cache. These
-take the place of `products_attention`, of the loop over documents and of the head's loops in training steps under bf16
-autocast; those of `pointwise.py` of what the compiler writes for activations, norms and embeddings, that of
-`linear.py` of the product which is a weight's gradient.
+take the place of `products_attention`, of the loop over documents and of the head's loops in training steps, in
+float32 or under bf16 autocast; those of `pointwise.py` of what the compiler writes for activations, norms and
+embeddings, that of `linear.py` of the product which is a weight's gradient.
 
 Shapes: B sequences, H heads, G key/value heads, T tokens, D head width, N targets, V vocabulary.
 """
@@ -17,17 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmssl.model.native import applies, in_use, integers, kernel, pointer, threads
-
-
-def takes_head(product_NV: Tensor) -> bool:
-    """Whether `head_gradient` is there for this product of the head."""
-    return in_use() and product_NV.device.type == "cpu" and product_NV.dtype == torch.bfloat16
+from lmssl.model.native import applies, integers, kernel, pointer, takes, threads
 
 
 def takes_attention(query_BHTD: Tensor) -> bool:
-    """Whether `attention` is there for queries of this shape."""
-    return query_BHTD.device.type == "cpu" and query_BHTD.shape[-1] % 32 == 0 and applies()
+    """Whether `attention` is there for queries of this shape and type."""
+    return query_BHTD.shape[-1] % 32 == 0 and applies() and takes(query_BHTD)
 
 
 @torch.library.custom_op("lmssl::native_attention", mutates_args=())
@@ -37,7 +32,7 @@ def attention(
     """Attention within documents, [B, H, T, D] laid out as [B, T, H, D], and the log of each query's sum, [B, H, T].
 
     Args:
-        query, key, value: [B, H, T, D], and twice [B, G, T, D], bfloat16, D a multiple of 32, in any layout.
+        query, key, value: [B, H, T, D], and twice [B, G, T, D], float32 or bfloat16, D a multiple of 32, in any layout.
         segments: integers [B, T], equal neighbours are one document; None: a sequence is one.
         causal: no query sees a later key.
         scale: of the scores.
@@ -113,7 +108,7 @@ def joined_attention(
     """`attention` of queries, keys and values that are one product, [B, T, H * D], and [B, H, T].
 
     Args:
-        product: [B, T, (H + 2 G) * D], bfloat16: queries of all heads, then keys, then values.
+        product: [B, T, (H + 2 G) * D], float32 or bfloat16: queries of all heads, then keys, then values.
         bias: [(H + 2 G) * D], float32, added to it; None: nothing.
         heads, width: H and D.
         cos, sin: [B or 1, T, D], float32, of rotary positions; None: queries and keys are not rotated.
@@ -214,7 +209,7 @@ def _attend(
     if backward:
         places.append(pointer(None if bias is None else of_bias))
     pointers = (pointer(x) for x in (segments, cos, sin, bias))
-    kernel("lmssl_attention_backward" if backward else "lmssl_attention")(
+    kernel("lmssl_attention_backward" if backward else "lmssl_attention", tensors[0].dtype)(
         sizes, ctypes.c_float(case.scale), *pointers, strides, *places, threads()
     )
 
@@ -247,7 +242,7 @@ def head_gradient(logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor) -
     targets_N = targets_N.to(torch.int64).contiguous()
     sizes = ctypes.c_int64(rows), ctypes.c_int64(vocabulary)
     first, last = map(pointer, (logits_NV, bias_V, targets_N)), map(pointer, (losses, correct))
-    kernel("lmssl_head")(*first, *sizes, *last, threads())
+    kernel("lmssl_head", logits_NV.dtype)(*first, *sizes, *last, threads())
     return losses, correct
 
 
@@ -262,7 +257,7 @@ def scaled_gradient(product_DV: Tensor, factor: Tensor, width: int) -> Tensor:
     """`factor * product[:width].T` in float32, [V, D], laid out by words.
 
     Args:
-        product_DV: bfloat16, by rows; width and vocabulary are multiples of 16.
+        product_DV: float32 or bfloat16, by rows; width and vocabulary are multiples of 16.
         factor: one number, float32.
     """
     return turned_and_scaled(product_DV, factor, width)
@@ -274,7 +269,7 @@ def turned_and_scaled(product_DV: Tensor, factor: Tensor, width: int) -> Tensor:
     out = product_DV.new_empty((vocabulary, width), dtype=torch.float32)
     sizes = ctypes.c_int64(width), ctypes.c_int64(vocabulary)
     product_DV, factor = product_DV.contiguous(), factor.float()
-    kernel("lmssl_turn")(pointer(product_DV), pointer(factor), *sizes, pointer(out), threads())
+    kernel("lmssl_turn", product_DV.dtype)(pointer(product_DV), pointer(factor), *sizes, pointer(out), threads())
     return out
 
 

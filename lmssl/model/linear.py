@@ -1,4 +1,4 @@
-"""Products of linear layers in CPU steps, with the gradient of the weight by a kernel of our own.
+"""Products of linear layers in CPU steps, in bfloat16 with the gradient of the weight by a kernel of our own.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -27,7 +27,9 @@ def weight_gradient(grad_NO: Tensor, hidden_NI: Tensor) -> Tensor:
     (tokens, outputs), inputs = grad_NO.shape, hidden_NI.shape[1]
     out = grad_NO.new_empty((outputs, inputs), dtype=torch.float32)
     sizes = map(ctypes.c_int64, (tokens, outputs, inputs))
-    kernel("lmssl_weight_gradient")(pointer(grad_NO), pointer(hidden_NI), *sizes, pointer(out), threads())
+    kernel("lmssl_weight_gradient", grad_NO.dtype)(
+        pointer(grad_NO), pointer(hidden_NI), *sizes, pointer(out), threads()
+    )
     return out
 
 
@@ -61,12 +63,12 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(hidden: Tensor, *weights_OI: Tensor) -> Tensor:
-    """`F.linear` without a bias, in bfloat16, as under bf16 autocast.
+    """`F.linear` without a bias; under bf16 autocast with the gradient of the weight by the kernel.
 
     Args:
         weights_OI: of layers whose outputs are wanted one after another, of the same type.
     """
-    fits = not any(size % 16 for weight in weights_OI for size in weight.shape)
+    fits = torch.is_autocast_enabled("cpu") and not any(size % 16 for weight in weights_OI for size in weight.shape)
     if not (fits and torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *weights_OI))):
         return F.linear(hidden, _joined(weights_OI))
     found: Tensor = _Linear.apply(hidden, *weights_OI)  # type: ignore[no-untyped-call]

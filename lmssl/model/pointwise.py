@@ -20,7 +20,7 @@ _PARTS = 32
 
 @torch.library.custom_op("lmssl::gelu", mutates_args=())
 def gelu(product_NF: Tensor, bias_F: Tensor) -> Tensor:
-    """GELU of a product and its bias, by the error function, bfloat16.
+    """GELU of a product and its bias, by the error function, float32 or bfloat16 as the product.
 
     Source: Abramowitz and Stegun 7.1.26; of the error function it is within 1.5e-7.
     """
@@ -28,7 +28,7 @@ def gelu(product_NF: Tensor, bias_F: Tensor) -> Tensor:
     out = torch.empty_like(product_NF)
     rows, width = product_NF.numel() // product_NF.shape[-1], product_NF.shape[-1]
     pointers = map(pointer, (product_NF, bias_F, out))
-    kernel("lmssl_gelu")(*pointers, ctypes.c_int64(rows), ctypes.c_int64(width), threads())
+    kernel("lmssl_gelu", product_NF.dtype)(*pointers, ctypes.c_int64(rows), ctypes.c_int64(width), threads())
     return out
 
 
@@ -43,7 +43,8 @@ def _gelu_gradients(grad: Tensor, product_NF: Tensor, bias_F: Tensor) -> tuple[T
     rows, width = product_NF.numel() // product_NF.shape[-1], product_NF.shape[-1]
     of_product, of_bias = torch.empty_like(product_NF), bias_F.new_empty(_PARTS, width)
     sizes = map(ctypes.c_int64, (rows, width, _PARTS))
-    kernel("lmssl_gelu_backward")(*map(pointer, (grad, product_NF, bias_F, of_product, of_bias)), *sizes, threads())
+    pointers = map(pointer, (grad, product_NF, bias_F, of_product, of_bias))
+    kernel("lmssl_gelu_backward", product_NF.dtype)(*pointers, *sizes, threads())
     return of_product, of_bias[0].clone()
 
 
@@ -95,14 +96,14 @@ def _tied_shape(product_DV: Tensor, factor: Tensor, width: int, *_: Any) -> Tens
 
 @torch.library.custom_op("lmssl::swiglu", mutates_args=())
 def swiglu(product: Tensor) -> Tensor:
-    """`silu(gate) * up` of a product [N, 2 F] that has gates first, bfloat16.
+    """`silu(gate) * up` of a product [N, 2 F] that has gates first, float32 or bfloat16 as the product.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
     product = product.contiguous()
     out = product.new_empty((*product.shape[:-1], product.shape[-1] // 2))
     sizes = ctypes.c_int64(out.numel() // out.shape[-1]), ctypes.c_int64(out.shape[-1])
-    kernel("lmssl_swiglu")(pointer(product), pointer(out), *sizes, threads())
+    kernel("lmssl_swiglu", product.dtype)(pointer(product), pointer(out), *sizes, threads())
     return out
 
 
@@ -116,7 +117,7 @@ def _swiglu_gradient(grad: Tensor, product: Tensor) -> Tensor:
     grad, product = grad.contiguous(), product.contiguous()
     found = torch.empty_like(product)
     sizes = ctypes.c_int64(grad.numel() // grad.shape[-1]), ctypes.c_int64(grad.shape[-1])
-    kernel("lmssl_swiglu_backward")(*map(pointer, (grad, product, found)), *sizes, threads())
+    kernel("lmssl_swiglu_backward", product.dtype)(*map(pointer, (grad, product, found)), *sizes, threads())
     return found
 
 
@@ -135,7 +136,7 @@ def residual_norm(
     """Layer norm of `product + bias + around` in float32, and mean and 1 / deviation of each token, [N, 2].
 
     Args:
-        product_ND: bfloat16, of any number of dimensions, D a multiple of 16.
+        product_ND: float32 or bfloat16, of any number of dimensions, D a multiple of 16.
         around_ND: float32, what goes around the layer.
     Source: Ba et al. 2016; the variance is that of the centred sum.
     """
@@ -144,7 +145,8 @@ def residual_norm(
     statistics, shift_D = out.new_empty(rows, 2), shift_D.float().contiguous()
     sizes = map(ctypes.c_int64, (rows, product_ND.shape[-1]))
     pointers = map(pointer, (*inputs, shift_D))
-    kernel("lmssl_norm")(*pointers, ctypes.c_float(eps), *sizes, pointer(out), pointer(statistics), threads())
+    made = map(pointer, (out, statistics))
+    kernel("lmssl_norm", product_ND.dtype)(*pointers, ctypes.c_float(eps), *sizes, *made, threads())
     return out, statistics
 
 
@@ -158,15 +160,15 @@ def _norm_shapes(product_ND: Tensor, bias_D: Tensor, around_ND: Tensor, *_: Any)
 def _norm_gradients(
     grad_ND: Tensor, product_ND: Tensor, bias_D: Tensor, around_ND: Tensor, weight_D: Tensor, statistics_N2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of product and what goes around it, and, [3, D], of weight, shift and bias."""
+    """Gradients of product (in float32 that of what goes around it: empty), of that, and, [3, D], of three vectors."""
     grad_ND, inputs = grad_ND.float().contiguous(), _norm_inputs(product_ND, bias_D, around_ND, weight_D)
     width = product_ND.shape[-1]
-    of_product, of_around = torch.empty_like(inputs[0]), torch.empty_like(inputs[2])
+    of_product, of_around = _other_than_float32(inputs[0]), torch.empty_like(inputs[2])
     of_vectors = of_around.new_empty(_PARTS, 3, width)
     sizes = map(ctypes.c_int64, (product_ND.numel() // width, width, _PARTS))
     given = map(pointer, (grad_ND, *inputs, statistics_N2.contiguous()))
-    made = map(pointer, (of_product, of_around, of_vectors))
-    kernel("lmssl_norm_backward")(*given, *sizes, *made, threads())
+    made = map(pointer, (of_product if len(of_product) else None, of_around, of_vectors))
+    kernel("lmssl_norm_backward", product_ND.dtype)(*given, *sizes, *made, threads())
     return of_product, of_around, of_vectors[0].clone()
 
 
@@ -174,9 +176,13 @@ def _norm_gradients(
 def _norm_gradients_shapes(
     grad_ND: Tensor, product_ND: Tensor, bias_D: Tensor, around_ND: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    like = torch.contiguous_format
-    of_around = torch.empty_like(around_ND, dtype=torch.float32, memory_format=like)
-    return torch.empty_like(product_ND, memory_format=like), of_around, of_around.new_empty(3, product_ND.shape[-1])
+    of_around = torch.empty_like(around_ND, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return _other_than_float32(product_ND), of_around, of_around.new_empty(3, product_ND.shape[-1])
+
+
+def _other_than_float32(like: Tensor) -> Tensor:
+    """Room for numbers that are rounded to 16 bits, or none."""
+    return like.new_empty(0 if like.dtype == torch.float32 else like.shape)
 
 
 def _norm_inputs(product: Tensor, bias: Tensor, around: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -191,91 +197,97 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _norm_backward(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
     of_product, of_around, of_vectors = _norm_gradients(grad, *ctx.saved_tensors)
     of_weight, of_shift, of_bias = of_vectors.unbind()
-    return of_product, of_bias, of_around, of_weight, of_shift, None
+    return of_product if len(of_product) else of_around, of_bias, of_around, of_weight, of_shift, None
 
 
 residual_norm.register_autograd(_norm_backward, setup_context=_save_norm)
 
 
 @torch.library.custom_op("lmssl::rms_norm", mutates_args=())
-def _rms_norm(product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`product + around` in float32 (empty without a product), its norm in bfloat16, and 1 / size of tokens, [N]."""
+def _rms_norm(
+    product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`product + around` in float32 (empty without a product), its norm in a type, and 1 / size of tokens, [N]."""
     product = None if product is None else product.contiguous()
     around_ND, weight_D = around_ND.contiguous(), weight_D.float().contiguous()
-    total, out, scales = _rms_room(product, around_ND)
+    total, out, scales = _rms_room(product, around_ND, dtype)
     sizes = ctypes.c_float(eps), ctypes.c_int64(len(scales)), ctypes.c_int64(around_ND.shape[-1])
     given, made = map(pointer, (product, around_ND, weight_D)), map(pointer, (total, out, scales))
-    kernel("lmssl_rms_norm")(*given, *sizes, *made, threads())
+    kernel("lmssl_rms_norm", out.dtype)(*given, *sizes, *made, threads())
     return total, out, scales
 
 
-def _rms_room(product: Tensor | None, around_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_room(product: Tensor | None, around_ND: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     total = around_ND.new_empty(0 if product is None else around_ND.shape)
     rows = around_ND.numel() // around_ND.shape[-1]
-    return total, around_ND.new_empty(around_ND.shape, dtype=torch.bfloat16), around_ND.new_empty(rows)
+    return total, around_ND.new_empty(around_ND.shape, dtype=dtype), around_ND.new_empty(rows)
 
 
 @_rms_norm.register_fake
 def _rms_shapes(
-    product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float
+    product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _rms_room(product, around_ND)
+    return _rms_room(product, around_ND, dtype)
 
 
 @torch.library.custom_op("lmssl::rms_norm_backward", mutates_args=())
 def _rms_gradients(
-    grad_ND: Tensor, past_ND: Tensor, total_ND: Tensor, weight_D: Tensor, scales_N: Tensor, product: bool
+    grad_ND: Tensor, past_ND: Tensor, total_ND: Tensor, weight_D: Tensor, scales_N: Tensor, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum, [N, D], of the product (the same in bfloat16, or empty) and of the weight."""
+    """Gradients of the sum, [N, D], the same in bfloat16 (where it is not wanted, empty) and that of the weight."""
     grad_ND, past_ND, total_ND = grad_ND.contiguous(), past_ND.contiguous(), total_ND.contiguous()
-    of_total, of_product, of_weight = _rms_gradients_room(total_ND, product)
+    of_total, of_product, of_weight = _rms_gradients_room(total_ND, narrow)
     sizes = map(ctypes.c_int64, (len(scales_N), total_ND.shape[-1], _PARTS))
     given = map(pointer, (grad_ND, past_ND, total_ND, weight_D.float().contiguous(), scales_N.contiguous()))
-    made = map(pointer, (of_total, of_product if product else None, of_weight))
-    kernel("lmssl_rms_norm_backward")(*given, *sizes, *made, threads())
+    made = map(pointer, (of_total, of_product if narrow else None, of_weight))
+    kernel("lmssl_rms_norm_backward", grad_ND.dtype)(*given, *sizes, *made, threads())
     return of_total, of_product, of_weight[0].clone()
 
 
-def _rms_gradients_room(total_ND: Tensor, product: bool) -> tuple[Tensor, Tensor, Tensor]:
-    of_product = total_ND.new_empty(total_ND.shape if product else 0, dtype=torch.bfloat16)
+def _rms_gradients_room(total_ND: Tensor, narrow: bool) -> tuple[Tensor, Tensor, Tensor]:
+    of_product = total_ND.new_empty(total_ND.shape if narrow else 0, dtype=torch.bfloat16)
     return total_ND.new_empty(total_ND.shape), of_product, total_ND.new_empty(_PARTS, total_ND.shape[-1])
 
 
 @_rms_gradients.register_fake
 def _rms_gradients_shapes(
-    grad_ND: Tensor, past_ND: Tensor, total_ND: Tensor, weight_D: Tensor, scales_N: Tensor, product: bool
+    grad_ND: Tensor, past_ND: Tensor, total_ND: Tensor, weight_D: Tensor, scales_N: Tensor, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_total, of_product, _ = _rms_gradients_room(total_ND, product)
+    of_total, of_product, _ = _rms_gradients_room(total_ND, narrow)
     return of_total, of_product, total_ND.new_empty(total_ND.shape[-1])
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float
+        ctx: Any, product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        total, out, scales = _rms_norm(product, around_ND, weight_D, eps)
+        total, out, scales = _rms_norm(product, around_ND, weight_D, eps, dtype)
         total = around_ND.view_as(around_ND) if product is None else total
         ctx.save_for_backward(total, weight_D, scales)
-        ctx.dtype = None if product is None else product.dtype
+        ctx.has_product, ctx.narrow = product is not None, product is not None and dtype != torch.float32
         return total, out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, weight_D, scales = ctx.saved_tensors
         past, grad = grads
-        has_product = ctx.dtype is not None
-        of_total, of_product, of_weight = _rms_gradients(grad, past, total, weight_D, scales, has_product)
-        return of_product if has_product else None, of_total, of_weight.to(weight_D.dtype), None
+        of_total, of_product, of_weight = _rms_gradients(grad, past, total, weight_D, scales, ctx.narrow)
+        of_product = of_product if ctx.narrow else of_total
+        return of_product if ctx.has_product else None, of_total, of_weight.to(weight_D.dtype), None, None
 
 
-def rms_norm(product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`product + around` in float32, and its root mean square norm in bfloat16; gradients of both in one pass.
+def rms_norm(
+    product: Tensor | None, around_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`product + around` in float32, and its root mean square norm in a type; gradients of both in one pass.
 
     Args:
-        product: bfloat16, of any number of dimensions, D a multiple of 16; None: there is only what goes around.
+        product: of the type, of any number of dimensions, D a multiple of 16; None: there is only what goes around.
         around_ND: float32.
+        dtype: float32 or bfloat16.
     Source: Zhang and Sennrich 2019; as transformers' llama, in float32, but rounded once.
     """
-    found: tuple[Tensor, Tensor] = _RmsNorm.apply(product, around_ND, weight_D, eps)  # type: ignore[no-untyped-call]
+    inputs = (product, around_ND, weight_D, eps, dtype)
+    found: tuple[Tensor, Tensor] = _RmsNorm.apply(*inputs)  # type: ignore[no-untyped-call]
     return found

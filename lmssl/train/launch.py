@@ -31,10 +31,10 @@ from lmssl.train.precision import bf16_is_faster
 
 COMPILE_PAYS_FLOPS_PER_THREAD = 1e13
 """Training FLOPs per CPU thread from which compiling (20 to 60 s) is repaid; see docs/performance.md."""
-COMPILE_PAYS_BESIDE_KERNELS = 1e14
-"""The same where steps are made by kernels of our own, compiled or not."""
-KERNELS_PAY_FLOPS_PER_THREAD = 1e12
-"""Training FLOPs per CPU thread from which kernels are built (10 s, once on a machine)."""
+COMPILE_PAYS_BESIDE_KERNELS = {torch.bfloat16: 1e14, torch.float32: 4e14}
+"""The same where steps are made by kernels of our own, compiled or not, by the type of products."""
+KERNELS_PAY_FLOPS_PER_THREAD = {torch.bfloat16: 1e12, torch.float32: 1e13}
+"""Training FLOPs per CPU thread from which kernels are built (7 s, once on a machine), by the type of products."""
 COMPILE_PAYS_FLOPS_DEVICE = 1e16
 """The same for an accelerator."""
 
@@ -186,13 +186,13 @@ def choose_compile(
     num_parameters: int,
     tokens_left: int,
     modes: Sequence[str] = ("off", "layers", "model"),
-    kernels: bool = False,
+    kernels: torch.dtype | None = None,
 ) -> CompileMode:
     """What `train.compile` means for this run on this machine.
 
     Args:
         modes: what the backend can compile.
-        kernels: steps are made by kernels of our own.
+        kernels: the type of products where steps are made by kernels of our own; None: they are not.
     Raises:
         TrainingError: the recipe wants what the backend cannot compile.
     """
@@ -208,7 +208,7 @@ def choose_compile(
     flops = 6.0 * num_parameters * tokens_left
     if device.type != "cpu":
         return "layers" if flops >= COMPILE_PAYS_FLOPS_DEVICE and "layers" in modes else "off"
-    per_thread = COMPILE_PAYS_BESIDE_KERNELS if kernels else COMPILE_PAYS_FLOPS_PER_THREAD
+    per_thread = COMPILE_PAYS_BESIDE_KERNELS[kernels] if kernels else COMPILE_PAYS_FLOPS_PER_THREAD
     pays = flops >= per_thread * torch.get_num_threads() and can_compile()
     found: CompileMode = "model" if "model" in modes else "layers" if "layers" in modes else "off"
     return found if pays else "off"
@@ -227,14 +227,13 @@ def may_use_kernels(recipe: Recipe, device: torch.device, dtype: torch.dtype) ->
     Args:
         dtype: of matrix products.
     """
-    on_cpu = device.type == "cpu" and dtype == torch.bfloat16
-    return on_cpu and recipe.train.kernels != "off" and native.processor_can()
+    return device.type == "cpu" and recipe.train.kernels != "off" and native.processor_can(dtype)
 
 
-def kernels_pay(recipe: Recipe, num_parameters: int) -> bool:
+def kernels_pay(recipe: Recipe, num_parameters: int, dtype: torch.dtype) -> bool:
     """Whether an uncompiled run is long enough to build them; all of it counts, so that it goes on as it began."""
     flops = 6.0 * num_parameters * recipe.batches.total_tokens
-    return recipe.train.kernels == "on" or flops >= KERNELS_PAY_FLOPS_PER_THREAD * torch.get_num_threads()
+    return recipe.train.kernels == "on" or flops >= KERNELS_PAY_FLOPS_PER_THREAD[dtype] * torch.get_num_threads()
 
 
 def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
@@ -243,7 +242,7 @@ def load_kernels(module: nn.Module, report: Callable[[str], None]) -> None:
     cache_folder = Path(home) / "lmssl" if home else None
     try:
         if native.processor_can() and not native.library_file(compiler, cache_folder).exists():
-            report("building kernels for this processor, once, in about 10 s")
+            report("building kernels for this processor, once, in about 7 s")
         if native.load(compiler, cache_folder):
             fuse_layers(module)
     except native.BuildError as error:

@@ -187,13 +187,14 @@ def _make_fast(
 ) -> CompileMode:
     """Give steps kernels of our own and compile them in place, where the recipe, the machine and the backend let us."""
     sizes = {"num_parameters": sum(p.numel() for p in core.parameters()), "tokens_left": tokens_left}
-    kernels = kind.kernels and may_use_kernels(recipe, device, core.dtype)
+    kernels = core.dtype if kind.kernels and may_use_kernels(recipe, device, core.dtype) else None
     compiled = choose_compile(recipe, device, **sizes, modes=kind.compile_modes, kernels=kernels)
     native.set_aside()  # an earlier run in this process may have had them
-    if kernels and (compiled != "off" or kernels_pay(recipe, sizes["num_parameters"])):
+    if kernels and (compiled != "off" or kernels_pay(recipe, sizes["num_parameters"], kernels)):
         load_kernels(core, report)
     if recipe.train.kernels == "on" and not native.in_use():
-        report("train.kernels: on, but this run has none: they need bf16 on a CPU with AMX, and no DeepSpeed")
+        needed = "Linux on a CPU with AVX2, for bf16 one with AVX-512's instructions for it, and no DeepSpeed"
+        report(f"train.kernels: on, but this run has none: they need {needed}")
     compile_module(core, compiled)
     return compiled
 

@@ -116,7 +116,6 @@ def test_on_a_gpu_it_is_the_same_function(chunk: int, autocast: bool) -> None:
 def test_on_a_gpu_sums_of_the_weights_gradient_are_not_rounded() -> None:
     left, right = (torch.randn(4096, n, device="cuda").bfloat16() for n in (64, 96))
     exact = right.double().t() @ left.double()
-    assert float((head._wide_product(right.t(), left) - exact).norm() / exact.norm()) < 1e-5
     total = torch.ones(96, 64, device="cuda")
     head._plus_product(total, left, right)
     assert float((total - 1 - exact).norm() / exact.norm()) < 1e-5

@@ -12,7 +12,7 @@ from torch import nn
 from lmssl.model import native
 from lmssl.train.launch import load_kernels
 
-pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
+pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AVX2")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_run_builds_them_and_the_next_one_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     load_kernels(nn.Linear(2, 2), said.append)
-    assert said == ["building kernels for this processor, once, in about 10 s"]
+    assert said == ["building kernels for this processor, once, in about 7 s"]
     assert native.in_use()
     (built,) = (tmp_path / "cache/lmssl").iterdir()
     assert built == native.library_file("g++", tmp_path / "cache/lmssl")
@@ -68,7 +68,23 @@ def test_where_home_cannot_be_written_they_are_built_elsewhere(tmp_path: Path) -
 
 
 def test_a_processor_without_the_instructions_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "processor_can", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not any(native.processor_can(dtype) for dtype in (torch.float32, torch.bfloat16))
     said: list[str] = []
     load_kernels(nn.Linear(2, 2), said.append)
     assert not said and not native.in_use() and not (tmp_path / "cache").exists()
+
+
+def test_what_a_processor_has_decides_which_types_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    types, files = (torch.float32, torch.bfloat16, torch.float16, torch.float64), set()
+    for capability, bfloat16, expected in (
+        ("AVX2", True, [True, False, False, False]),
+        ("AVX512", False, [True, False, False, False]),
+        ("AVX512", True, [True, True, False, False]),
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=bfloat16: found)
+        assert [native.processor_can(dtype) for dtype in types] == expected
+        native.library_file.cache_clear()
+        files.add(native.library_file("g++", tmp_path))
+    assert len(files) == 3

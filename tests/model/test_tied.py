@@ -9,7 +9,7 @@ from lmssl.model import native
 from lmssl.model.pointwise import embedding_gradient, tied_gradient  # noqa: F401  (registers the operators)
 from lmssl.model.tied import JoinTiedGradients
 
-pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AMX")
+pytestmark = pytest.mark.skipif(not native.processor_can(), reason="the processor has no AVX2")
 
 VOCABULARY, WIDTH = 64, 32
 
@@ -31,11 +31,14 @@ def targets(graph: torch.fx.Graph) -> set[str]:
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_the_sum_becomes_one_operator(swapped: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_becomes_one_operator(dtype: torch.dtype, swapped: bool) -> None:
+    if not native.processor_can(dtype):
+        pytest.skip("no AVX-512 for bfloat16")
     assert native.load()
     torch.manual_seed(0)
     inputs = (
-        *(torch.randn(WIDTH + 1, VOCABULARY).bfloat16(), torch.tensor(0.4)),
+        *(torch.randn(WIDTH + 1, VOCABULARY).to(dtype), torch.tensor(0.4)),
         *(torch.randn(50, WIDTH), torch.randint(0, VOCABULARY, (50,))),
     )
     before, after = graph_of(swapped=swapped), graph_of(swapped=swapped)

@@ -188,7 +188,7 @@ def test_a_backend_compiles_what_it_can(tmp_path: Path) -> None:
 def test_when_kernels_are_used_and_what_is_compiled_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr(launch.native, "processor_can", lambda: True)
+    monkeypatch.setattr(launch.native, "processor_can", lambda dtype: dtype != torch.float16)
     monkeypatch.setattr(launch, "can_compile", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
@@ -199,22 +199,24 @@ def test_when_kernels_are_used_and_what_is_compiled_beside_them(
         (auto, cpu, torch.bfloat16, True),
         (on, cpu, torch.bfloat16, True),
         (off, cpu, torch.bfloat16, False),
-        (auto, cpu, torch.float32, False),
+        (auto, cpu, torch.float32, True),
+        (on, cpu, torch.float16, False),
         (on, cuda, torch.bfloat16, False),
     ):
         assert launch.may_use_kernels(recipe, device, dtype) == expected
-    tokens = auto.batches.total_tokens
-    enough = int(threads * launch.KERNELS_PAY_FLOPS_PER_THREAD / 6 / tokens)
-    assert [launch.kernels_pay(auto, enough + more) for more in (-2, 2)] == [False, True]
-    assert launch.kernels_pay(on, 1)
-    for kernels, flops in ((False, launch.COMPILE_PAYS_FLOPS_PER_THREAD), (True, launch.COMPILE_PAYS_BESIDE_KERNELS)):
+    for dtype, flops in launch.KERNELS_PAY_FLOPS_PER_THREAD.items():
+        enough = int(threads * flops / 6 / auto.batches.total_tokens)
+        assert [launch.kernels_pay(auto, enough + more, dtype) for more in (-2, 2)] == [False, True]
+        assert launch.kernels_pay(on, 1, dtype)
+    beside = launch.COMPILE_PAYS_BESIDE_KERNELS.items()
+    for kernels, flops in ((None, launch.COMPILE_PAYS_FLOPS_PER_THREAD), *beside):
         enough = int(threads * flops / 6 / 1000)
         found = [
             choose_compile(auto, cpu, num_parameters=enough + more, tokens_left=1000, kernels=kernels)
             for more in (-2, 2)
         ]
         assert found == ["off", "model"]
-    monkeypatch.setattr(launch.native, "processor_can", lambda: False)
+    monkeypatch.setattr(launch.native, "processor_can", lambda dtype: False)
     assert not launch.may_use_kernels(on, cpu, torch.bfloat16)
 
 

@@ -11,11 +11,6 @@ namespace {
 
 using namespace lmssl;
 
-inline Vec reciprocal(const Vec& value) {
-  const __m512 first = _mm512_rcp14_ps(value);
-  return _mm512_mul_ps(first, _mm512_fnmadd_ps(value, first, _mm512_set1_ps(2.f)));
-}
-
 struct Normal {
   Vec below, density;  // the normal distribution's integral up to a value, and its density there
 };
@@ -27,51 +22,93 @@ inline Normal normal(const Vec& x) {
   Vec sum(1.061405429f);
   for (const float factor : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) sum = sum * t + Vec(factor);
   const Vec tail = sum * t * power * Vec(0.5f);
-  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-  return {_mm512_mask_mov_ps(Vec(1.f) - tail, negative, tail), power * Vec(0.39894228f)};
+  return {choose(not_below(x, Vec(0.f)), Vec(1.f) - tail, tail), power * Vec(0.39894228f)};
 }
 
-inline Vec with_bias(const BF* row, const float* bias, int64_t column, __mmask16 there) {
-  const Vec value = load_bf16(row + column, there);
-  return bias ? value + Vec(_mm512_maskz_loadu_ps(there, bias + column)) : value;
+template <typename S, typename There>
+inline Vec with_bias(const S* row, const float* bias, int64_t column, There there) {
+  const Vec value = load(row + column, there);
+  return bias ? value + load(bias + column, there) : value;
 }
 
-// Beyond 80 an exponential is as good as infinite, and its reciprocal no number; the order keeps what is none.
-inline Vec sigmoid(const Vec& x) {
-  return reciprocal(Vec(1.f) + Vec(exponential(_mm512_min_ps(_mm512_set1_ps(80.f), Vec(0.f) - x))));
-}
+// Beyond 80 an exponential is as good as infinite, and its reciprocal no number.
+inline Vec sigmoid(const Vec& x) { return reciprocal(Vec(1.f) + exponential(smaller(Vec(80.f), Vec(0.f) - x))); }
 
-}  // namespace
-
-extern "C" {
-
-void lmssl_gelu(const BF* product, const float* bias, BF* out, int64_t rows, int64_t width, int32_t threads) {
+template <typename S>
+void gelu(const S* product, const float* bias, S* out, int64_t rows, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < rows; ++i)
-    by_lanes(width, [&](int64_t j, __mmask16 there) {
+    by_lanes(width, [&](int64_t j, auto there) {
       const Vec x = with_bias(product + i * width, bias, j, there);
-      store_bf16(out + i * width + j, x * normal(x).below, there);
+      store(out + i * width + j, x * normal(x).below, there);
     });
 }
 
 // of_bias: [parts, F], the first of which becomes the sum of rows; rows next to each other are summed in a part.
-void lmssl_gelu_backward(const BF* grad, const BF* product, const float* bias, BF* of_product, float* of_bias,
-                         int64_t rows, int64_t width, int64_t parts, int32_t threads) {
+template <typename S>
+void gelu_backward(const S* grad, const S* product, const float* bias, S* of_product, float* of_bias, int64_t rows,
+                   int64_t width, int64_t parts, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t part = 0; part < parts; ++part) {
     float* sums = of_bias + part * width;
     std::fill_n(sums, width, 0.f);
     for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i)
-      by_lanes(width, [&](int64_t j, __mmask16 there) {
+      by_lanes(width, [&](int64_t j, auto there) {
         const Vec x = with_bias(product + i * width, bias, j, there);
         const Normal at = normal(x);
-        const Vec found = load_bf16(grad + i * width + j, there) * (at.below + x * at.density);
-        store_bf16(of_product + i * width + j, found, there);
-        _mm512_mask_storeu_ps(sums + j, there, Vec(_mm512_maskz_loadu_ps(there, sums + j)) + found);
+        const Vec found = load(grad + i * width + j, there) * (at.below + x * at.density);
+        store(of_product + i * width + j, found, there);
+        store(sums + j, load(sums + j, there) + found, there);
       });
   }
   sum_parts(of_bias, parts, width);
 }
+
+// product: [N, 2 F], gates before what they let through.
+template <typename S>
+void swiglu(const S* product, S* out, int64_t rows, int64_t width, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    const S *gate = product + 2 * i * width, *up = gate + width;
+    by_lanes(width, [&](int64_t j, auto there) {
+      const Vec x = load(gate + j, there);
+      store(out + i * width + j, x * sigmoid(x) * load(up + j, there), there);
+    });
+  }
+}
+
+template <typename S>
+void swiglu_backward(const S* grad, const S* product, S* of_product, int64_t rows, int64_t width, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    const S *gate = product + 2 * i * width, *up = gate + width;
+    S *of_gate = of_product + 2 * i * width, *of_up = of_gate + width;
+    by_lanes(width, [&](int64_t j, auto there) {
+      const Vec x = load(gate + j, there), g = load(grad + i * width + j, there), share = sigmoid(x);
+      store(of_up + j, g * x * share, there);
+      store(of_gate + j, g * load(up + j, there) * share * (Vec(1.f) + x * (Vec(1.f) - share)), there);
+    });
+  }
+}
+}  // namespace
+
+#define LMSSL_ACTIVATIONS(NAME, S)                                                                                    \
+  void lmssl_gelu_##NAME(const S* product, const float* bias, S* out, int64_t rows, int64_t width, int32_t threads) { \
+    gelu(product, bias, out, rows, width, threads);                                                                   \
+  }                                                                                                                   \
+  void lmssl_gelu_backward_##NAME(const S* grad, const S* product, const float* bias, S* of_product, float* of_bias,  \
+                                  int64_t rows, int64_t width, int64_t parts, int32_t threads) {                      \
+    gelu_backward(grad, product, bias, of_product, of_bias, rows, width, parts, threads);                             \
+  }                                                                                                                   \
+  void lmssl_swiglu_##NAME(const S* product, S* out, int64_t rows, int64_t width, int32_t threads) {                  \
+    swiglu(product, out, rows, width, threads);                                                                       \
+  }                                                                                                                   \
+  void lmssl_swiglu_backward_##NAME(const S* grad, const S* product, S* of_product, int64_t rows, int64_t width,      \
+                                    int32_t threads) {                                                                \
+    swiglu_backward(grad, product, of_product, rows, width, threads);                                                 \
+  }
+
+extern "C" {
 
 // out [V, D] = (more ? out : 0) + the gradients [N, D] of looked up rows, summed in the order of tokens; none for
 // `padding`. Each part of the vocabulary is one thread's.
@@ -87,29 +124,8 @@ void lmssl_embedding_gradient(const float* grad, const int64_t* ids, int64_t tok
   }
 }
 
-// product: [N, 2 F], gates before what they let through.
-void lmssl_swiglu(const BF* product, BF* out, int64_t rows, int64_t width, int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < rows; ++i) {
-    const BF *gate = product + 2 * i * width, *up = gate + width;
-    by_lanes(width, [&](int64_t j, __mmask16 there) {
-      const Vec x = load_bf16(gate + j, there);
-      store_bf16(out + i * width + j, x * sigmoid(x) * load_bf16(up + j, there), there);
-    });
-  }
-}
-
-void lmssl_swiglu_backward(const BF* grad, const BF* product, BF* of_product, int64_t rows, int64_t width,
-                           int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < rows; ++i) {
-    const BF *gate = product + 2 * i * width, *up = gate + width;
-    BF *of_gate = of_product + 2 * i * width, *of_up = of_gate + width;
-    by_lanes(width, [&](int64_t j, __mmask16 there) {
-      const Vec x = load_bf16(gate + j, there), g = load_bf16(grad + i * width + j, there), share = sigmoid(x);
-      store_bf16(of_up + j, g * x * share, there);
-      store_bf16(of_gate + j, g * load_bf16(up + j, there) * share * (Vec(1.f) + x * (Vec(1.f) - share)), there);
-    });
-  }
-}
+LMSSL_ACTIVATIONS(float32, float)
+#if defined(LMSSL_BFLOAT16)
+LMSSL_ACTIVATIONS(bfloat16, BF)
+#endif
 }

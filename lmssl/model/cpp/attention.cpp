@@ -1,8 +1,8 @@
-// Attention within documents for CPUs with AMX, forward and backward, tile by tile.
+// Attention within documents, forward and backward, tile by tile.
 //
 // A tile of queries meets the tiles of keys that one of its queries may see, so that what packed documents do not
-// share costs nothing and no mask exists. Scores and sums are float32; operands of products are bfloat16. In the
-// backward pass tiles are held as keys x queries: then probabilities and their gradients are the left sides of the
+// share costs nothing and no mask exists. Scores and sums are float32; operands of products have the type S of tokens,
+// float32 or bfloat16. In the backward pass tiles are held as keys x queries: then probabilities and their gradients are the left sides of the
 // products for values and keys as they are, and nothing is transposed but a tile's queries.
 //
 // B sequences, H heads of queries, G of keys and values, T tokens, D width of a head.
@@ -16,6 +16,13 @@ namespace {
 
 using namespace lmssl;
 
+// Of a tile, multiples of 16. Of bfloat16 it is large, for AMX is quick and what surrounds a product is not; of float32
+// the product itself is what takes time, and small tiles multiply less that no query sees.
+template <typename S>
+constexpr int64_t QUERIES = std::is_same_v<S, float> ? 64 : 128;
+template <typename S>
+constexpr int64_t KEYS = std::is_same_v<S, float> ? 64 : 128;
+
 struct Problem {
   int64_t batch, heads, groups, length, width, window;
   bool causal;
@@ -25,8 +32,6 @@ struct Problem {
   const float* sin;
   const float* bias;        // of queries of all heads, then keys, then values, or null
   int64_t rotation_stride;  // of sequences; 0: all have the same
-
-  int64_t padded() const { return round_up(length, KEYS); }
 
   // What is added to the tokens of a head, counted from the first of queries, or null.
   const float* bias_of(int64_t head) const { return bias ? bias + head * width : nullptr; }
@@ -53,27 +58,30 @@ inline void rotate(const Problem& p, int64_t sequence, int64_t position, Vec& fi
 constexpr int64_t AHEAD = 12;  // tokens; a head's lie further apart than the processor looks ahead by itself
 
 // Tokens of a head as products want them: with their bias, and rotated, in `room`, or as they are.
-Rows prepared(const Problem& p, int64_t sequence, const Rows& from, const float* bias, bool turns, Buffer<BF>& room) {
+template <typename S>
+Rows<S> prepared(const Problem& p, int64_t sequence, const Rows<S>& from, const float* bias, bool turns,
+                 Buffer<S>& room) {
   turns = turns && p.cos;
   if (!turns && !bias) return from;
   const int64_t half = p.width / 2;
   for (int64_t i = 0; i < p.length; ++i)
     for (int64_t d = 0; d < half; d += LANES) {
       _mm_prefetch(from.at(i + AHEAD) + 2 * d, _MM_HINT_T0);
-      Vec first = load_bf16(from.at(i) + d, 0xffff), second = load_bf16(from.at(i) + d + half, 0xffff);
+      Vec first = load(from.at(i) + d), second = load(from.at(i) + d + half);
       if (bias) {
         first = first + Vec::loadu(bias + d);
         second = second + Vec::loadu(bias + d + half);
       }
       if (turns) rotate<false>(p, sequence, i, first, second, d);
-      store_bf16(room.data() + i * p.width + d, first);
-      store_bf16(room.data() + i * p.width + d + half, second);
+      store(room.data() + i * p.width + d, first);
+      store(room.data() + i * p.width + d + half, second);
     }
   return {room.data(), p.width};
 }
 
 // The gradient of a token from that of what it was rotated to, which is overwritten; added to the bias's, if any.
-void store_gradient(const Problem& p, int64_t sequence, int64_t position, bool turns, float* from, BF* to,
+template <typename S>
+void store_gradient(const Problem& p, int64_t sequence, int64_t position, bool turns, float* from, S* to,
                     float* sums) {
   const int64_t half = p.width / 2;
   if (turns && p.cos)
@@ -89,10 +97,11 @@ void store_gradient(const Problem& p, int64_t sequence, int64_t position, bool t
 }
 
 // Which keys each query of a sequence sees, [first, end), none for what fills the last tile of queries.
+template <typename S>
 struct Seen {
   std::vector<int32_t> first, end;
 
-  Seen(const Problem& p, int64_t row) : first(round_up(p.length, QUERIES)), end(first.size()) {
+  Seen(const Problem& p, int64_t row) : first(round_up(p.length, QUERIES<S>)), end(first.size()) {
     const int64_t* segments = p.segments ? p.segments + row * p.length : nullptr;
     for (int64_t start = 0, stop; start < p.length; start = stop) {
       stop = segments ? start + 1 : p.length;
@@ -108,102 +117,122 @@ struct Seen {
   std::pair<int64_t, int64_t> of_tile(int64_t from, int64_t count) const {
     const auto low = *std::min_element(first.begin() + from, first.begin() + from + count);
     const auto high = *std::max_element(end.begin() + from, end.begin() + from + count);
-    return {low / KEYS * KEYS, high};
+    return {low / KEYS<S> * KEYS<S>, high};
   }
 };
 
 // Probabilities of a row of scores, unnormalised, for keys [from, to) of the tile; rescales what was summed before.
-void soften(const float* scores, BF* powers, float* out, int64_t width, int64_t from, int64_t to, float scale,
+template <typename S>
+void soften(const float* scores, S* powers, float* out, int64_t width, int64_t from, int64_t to, float scale,
             float& top, float& total) {
-  Vec high(-std::numeric_limits<float>::infinity());
-  for (int64_t j = from / LANES * LANES; j < to; j += LANES)
-    high = Vec(_mm512_mask_max_ps(high, lanes(j, from, to), high, _mm512_loadu_ps(scores + j)));
-  const float found = std::max(top, _mm512_reduce_max_ps(high) * scale);
+  const int64_t begin = from / LANES * LANES, end = round_up(to, LANES);
+  const Vec least(-std::numeric_limits<float>::infinity());
+  Vec high = least;
+  for (int64_t j = begin; j < end; j += LANES)
+    high = larger(high, choose(lanes(j, from, to), load(scores + j), least));
+  const float found = std::max(top, largest(high) * scale);
   const float before = top == found ? 1.f : std::exp(top - found);
   const Vec steep(scale * LOG2_E), level(-found * LOG2_E);
-  Vec sum(0.f);
-  const int64_t begin = from / LANES * LANES, end = round_up(to, LANES);
-  std::fill_n(powers, begin, BF(0.f));
+  Vec part(0.f);
+  std::fill_n(powers, begin, S(0.f));
   for (int64_t j = begin; j < end; j += LANES) {
-    const __mmask16 kept = lanes(j, from, to);
-    const __m512 zeroed = _mm512_maskz_mov_ps(kept, power_of_two(at::vec::fmadd(Vec::loadu(scores + j), steep, level)));
-    sum = sum + Vec(zeroed);
-    store_bf16(powers + j, zeroed);
+    const Vec power = keep(lanes(j, from, to), power_of_two(at::vec::fmadd(load(scores + j), steep, level)));
+    part = part + power;
+    store(powers + j, power);
   }
-  std::fill_n(powers + end, KEYS - end, BF(0.f));
+  std::fill_n(powers + end, KEYS<S> - end, S(0.f));
   if (before != 1.f)
     for (int64_t d = 0; d < width; ++d) out[d] *= before;
-  total = total * before + _mm512_reduce_add_ps(sum);
+  total = total * before + sum(part);
   top = found;
 }
 
+template <typename S>
 struct Forward {
+  static constexpr int64_t QUERIES = ::QUERIES<S>, KEYS = ::KEYS<S>;
   const Problem& p;
-  Buffer<BF> queries, keys, values, key_t, value_pairs, powers;
+  Buffer<S> queries, keys, values, key_t, value_rows, powers;
   Buffer<float> scores, out;
 
   explicit Forward(const Problem& p)
       : p(p), queries(p.length * p.width), keys(p.length * p.width), values(p.length * p.width),
-        key_t(p.width * p.padded()), value_pairs(p.padded() * p.width), powers(QUERIES * KEYS),
-        scores(QUERIES * KEYS), out(QUERIES * p.width) {}
+        key_t(round_up(p.length, KEYS) * p.width), value_rows(round_up(p.length, KEYS) * p.width),
+        powers(QUERIES * KEYS), scores(QUERIES * KEYS), out(QUERIES * p.width) {}
 
-  void head(const Rows& query, const Rows& to, const Seen& seen, float* lse) {
+  // Right sides of products, a tile of keys after the other.
+  void pack(const Rows<S>& key, const Rows<S>& value) {
+    for (int64_t start = 0; start < p.length; start += KEYS) {
+      const int64_t count = std::min(KEYS, p.length - start);
+      pack_transposed(key, start, count, p.width, KEYS, key_t.data() + start * p.width);
+      pack_rows(value, start, count, p.width, KEYS, value_rows.data() + start * p.width);
+    }
+  }
+
+  void head(const Rows<S>& query, const Rows<S>& to, const Seen<S>& seen, float* lse) {
     for (int64_t start = 0; start < p.length; start += QUERIES)
       tile(query, to, seen, start, std::min(QUERIES, p.length - start), lse);
   }
 
-  void tile(const Rows& query, const Rows& to, const Seen& seen, int64_t start, int64_t count, float* lse) {
+  void tile(const Rows<S>& query, const Rows<S>& to, const Seen<S>& seen, int64_t start, int64_t count, float* lse) {
     float top[QUERIES], total[QUERIES] = {};
     std::fill_n(top, QUERIES, -std::numeric_limits<float>::infinity());
     std::fill_n(out.data(), count * p.width, 0.f);
     const auto [low, high] = seen.of_tile(start, count);
     for (int64_t keys = low; keys < high; keys += KEYS) {
-      multiply(count, KEYS, p.width, query.at(start), query.stride, key_t.data() + 2 * keys, p.padded(), scores.data(),
+      multiply(count, KEYS, p.width, query.at(start), query.stride, key_t.data() + keys * p.width, KEYS, scores.data(),
                KEYS, false);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t from = std::max<int64_t>(seen.first[start + i] - keys, 0);
         const int64_t to_key = std::min<int64_t>(seen.end[start + i] - keys, KEYS);
-        BF* row = powers.data() + i * KEYS;
+        S* row = powers.data() + i * KEYS;
         if (from >= to_key)
-          std::fill_n(row, KEYS, BF(0.f));
+          std::fill_n(row, KEYS, S(0.f));
         else
           soften(scores.data() + i * KEYS, row, out.data() + i * p.width, p.width, from, to_key, p.scale, top[i],
                  total[i]);
       }
-      multiply(count, p.width, KEYS, powers.data(), KEYS, value_pairs.data() + keys * p.width, p.width, out.data(),
+      multiply(count, p.width, KEYS, powers.data(), KEYS, value_rows.data() + keys * p.width, p.width, out.data(),
                p.width, true);
     }
     for (int64_t i = 0; i < count; ++i) {
       lse[start + i] = top[i] + std::log(total[i]);
       const Vec share(1.f / total[i]);
       for (int64_t d = 0; d < p.width; d += LANES)
-        store_bf16(to.at(start + i) + d, Vec::loadu(out.data() + i * p.width + d) * share);
+        store(to.at(start + i) + d, load(out.data() + i * p.width + d) * share);
     }
   }
 };
 
+template <typename S>
 struct Backward {
+  static constexpr int64_t QUERIES = ::QUERIES<S>, KEYS = ::KEYS<S>;
+  static constexpr bool PAIRS = !std::is_same_v<S, float>;  // whether a right side is another than its rows
   const Problem& p;
-  Buffer<BF> queries, keys, values, key_turned, query_t, grad_t, query_pairs, grad_pairs, probs, grad_scores,
-      score_pairs;
+  Buffer<S> queries, keys, values, key_turned, query_t, grad_t, query_rows, grad_rows, probs, grad_scores, score_pairs;
   Buffer<float> scores, grad_probs, of_query_t, of_query, of_key, of_value, delta;
 
   explicit Backward(const Problem& p)
       : p(p), queries(p.length * p.width), keys(p.length * p.width), values(p.length * p.width),
-        key_turned(p.width * p.padded()), query_t(p.width * QUERIES), grad_t(p.width * QUERIES),
-        query_pairs(QUERIES * p.width), grad_pairs(QUERIES * p.width), probs(KEYS * QUERIES),
-        grad_scores(KEYS * QUERIES), score_pairs(KEYS * QUERIES), scores(KEYS * QUERIES), grad_probs(KEYS * QUERIES),
-        of_query_t(p.width * QUERIES), of_query(QUERIES * p.width), of_key(p.padded() * p.width),
-        of_value(p.padded() * p.width), delta(QUERIES) {}
+        key_turned(round_up(p.length, KEYS) * p.width), query_t(p.width * QUERIES), grad_t(p.width * QUERIES),
+        query_rows(QUERIES * p.width), grad_rows(QUERIES * p.width), probs(KEYS * QUERIES), grad_scores(KEYS * QUERIES),
+        score_pairs(PAIRS ? KEYS * QUERIES : 0), scores(KEYS * QUERIES), grad_probs(KEYS * QUERIES),
+        of_query_t(p.width * QUERIES), of_query(QUERIES * p.width), of_key(round_up(p.length, KEYS) * p.width),
+        of_value(round_up(p.length, KEYS) * p.width), delta(QUERIES) {}
 
-  void head(int64_t sequence, const Rows& query, const Rows& key, const Rows& value, const Rows& out, const Rows& grad,
-            const Rows& to, const Seen& seen, const float* lse, float* of_bias) {
+  // Keys as left sides of products over them, a tile after the other.
+  void pack(const Rows<S>& key) {
+    for (int64_t start = 0; start < p.length; start += KEYS)
+      pack_turned(key, start, std::min(KEYS, p.length - start), p.width, KEYS, key_turned.data() + start * p.width);
+  }
+
+  void head(int64_t sequence, const Rows<S>& query, const Rows<S>& key, const Rows<S>& value, const Rows<S>& out,
+            const Rows<S>& grad, const Rows<S>& to, const Seen<S>& seen, const float* lse, float* of_bias) {
     for (int64_t start = 0; start < p.length; start += QUERIES) {
       const int64_t count = std::min(QUERIES, p.length - start);
       pack_transposed(query, start, count, p.width, QUERIES, query_t.data());
       pack_transposed(grad, start, count, p.width, QUERIES, grad_t.data());
-      pack_pairs(query, start, count, p.width, QUERIES, query_pairs.data());
-      pack_pairs(grad, start, count, p.width, QUERIES, grad_pairs.data());
+      pack_rows(query, start, count, p.width, QUERIES, query_rows.data());
+      pack_rows(grad, start, count, p.width, QUERIES, grad_rows.data());
       for (int64_t i = 0; i < QUERIES; ++i)
         delta[i] = i < count ? dot(grad.at(start + i), out.at(start + i), p.width) : 0.f;
       float lse_tile[QUERIES] = {};
@@ -217,94 +246,74 @@ struct Backward {
     }
   }
 
-  void tile(const Rows& key, const Rows& value, const Seen& seen, int64_t start, int64_t keys, bool more,
+  void tile(const Rows<S>& key, const Rows<S>& value, const Seen<S>& seen, int64_t start, int64_t keys, bool more,
             const float* lse) {
     const int64_t count = std::min(KEYS, p.length - keys);
     multiply(count, QUERIES, p.width, key.at(keys), key.stride, query_t.data(), QUERIES, scores.data(), QUERIES, false);
     multiply(count, QUERIES, p.width, value.at(keys), value.stride, grad_t.data(), QUERIES, grad_probs.data(), QUERIES,
              false);
     soften(seen, start, keys, count, lse);
-    multiply(count, p.width, QUERIES, probs.data(), QUERIES, grad_pairs.data(), p.width,
-             of_value.data() + keys * p.width, p.width, true);
-    multiply(count, p.width, QUERIES, grad_scores.data(), QUERIES, query_pairs.data(), p.width,
+    multiply(count, p.width, QUERIES, probs.data(), QUERIES, grad_rows.data(), p.width, of_value.data() + keys * p.width,
+             p.width, true);
+    multiply(count, p.width, QUERIES, grad_scores.data(), QUERIES, query_rows.data(), p.width,
              of_key.data() + keys * p.width, p.width, true);
-    multiply(p.width, QUERIES, KEYS, key_turned.data() + keys, p.padded(), score_pairs.data(), QUERIES,
-             of_query_t.data(), QUERIES, more);
+    const S* of_scores = PAIRS ? score_pairs.data() : grad_scores.data();
+    multiply(p.width, QUERIES, KEYS, key_turned.data() + keys * p.width, KEYS, of_scores, QUERIES, of_query_t.data(),
+             QUERIES, more);
   }
 
   // Probabilities and gradients of scores, two keys at a time: the pair is also what the queries' product reads.
-  void soften(const Seen& seen, int64_t start, int64_t keys, int64_t count, const float* lse) {
-    const __m512 scale = _mm512_set1_ps(p.scale);
-    const Vec steep(p.scale * LOG2_E);
+  void soften(const Seen<S>& seen, int64_t start, int64_t keys, int64_t count, const float* lse) {
+    const Vec scale(p.scale), steep(p.scale * LOG2_E);
     for (int64_t j = 0; j < KEYS; j += 2)
       for (int64_t i = 0; i < QUERIES; i += LANES) {
-        const __m512i first = _mm512_loadu_si512(seen.first.data() + start + i);
-        const __m512i end = _mm512_loadu_si512(seen.end.data() + start + i);
-        __m256i both[2];
+        Vec found[2] = {Vec(0.f), Vec(0.f)};
         for (int64_t k = 0; k < 2; ++k) {
-          const int64_t place = (j + k) * QUERIES + i;
-          const __m512i index = _mm512_set1_epi32(static_cast<int32_t>(keys + j + k));
-          const __mmask16 kept = j + k < count
-              ? _mm512_cmple_epi32_mask(first, index) & _mm512_cmplt_epi32_mask(index, end)
-              : 0;
-          if (!kept) {
-            both[k] = store_bf16(probs.data() + place, _mm512_setzero_ps());
-            store_bf16(grad_scores.data() + place, _mm512_setzero_ps());
-            continue;
+          const int64_t place = (j + k) * QUERIES + i, query = start + i;
+          const Lanes kept = around(seen.first.data() + query, seen.end.data() + query, keys + j + k);
+          Vec prob(0.f);
+          if (j + k < count && !none(kept)) {
+            const Vec power = at::vec::fmsub(load(scores.data() + place), steep, load(lse + i));
+            prob = keep(kept, power_of_two(power));
+            const Vec centred = load(grad_probs.data() + place) - load(delta.data() + i);
+            found[k] = keep(kept, prob * scale * centred);
           }
-          const Vec power = at::vec::fmsub(Vec::loadu(scores.data() + place), steep, Vec::loadu(lse + i));
-          const __m512 prob = _mm512_maskz_mov_ps(kept, power_of_two(power));
-          const __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(grad_probs.data() + place),
-                                               _mm512_loadu_ps(delta.data() + i));
-          const __m512 grad = _mm512_maskz_mul_ps(kept, _mm512_mul_ps(prob, scale), centred);
-          store_bf16(probs.data() + place, prob);
-          both[k] = store_bf16(grad_scores.data() + place, grad);
+          store(probs.data() + place, prob);
+          store(grad_scores.data() + place, found[k]);
         }
-        store_pairs(score_pairs.data() + j * QUERIES + 2 * i, both[0], both[1]);
+        if constexpr (PAIRS) store_pairs(score_pairs.data() + j * QUERIES + 2 * i, found[0], found[1]);
       }
   }
 };
 
-}  // namespace
-
-extern "C" {
-
-// strides: of sequence, token and head of query, key, value, out.
-void lmssl_attention(const int64_t* sizes, float scale, const int64_t* segments, const float* cos, const float* sin,
-                     const float* bias, const int64_t* strides, const BF* query, const BF* key, const BF* value,
-                     BF* out, float* lse, int32_t threads) {
-  const Problem p = problem(sizes, scale, segments, cos, sin, bias);
+template <typename S>
+void attend(const Problem& p, const int64_t* strides, const S* query, const S* key, const S* value, S* out, float* lse,
+            int32_t threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Forward forward(p);
+    Forward<S> forward(p);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < p.batch * p.groups; ++task) {
       const int64_t row = task / p.groups, group = task % p.groups, times = p.heads / p.groups;
       const int64_t key_at = p.heads + group, value_at = key_at + p.groups;  // among heads of all kinds
-      const Seen seen(p, row);
-      const Rows keys = prepared(p, row, rows(key, strides + 3, row, group), p.bias_of(key_at), true, forward.keys);
-      const Rows values =
-          prepared(p, row, rows(value, strides + 6, row, group), p.bias_of(value_at), false, forward.values);
-      pack_transposed(keys, 0, p.length, p.width, p.padded(), forward.key_t.data());
-      pack_pairs(values, 0, p.length, p.width, p.padded(), forward.value_pairs.data());
+      const Seen<S> seen(p, row);
+      forward.pack(prepared(p, row, rows(key, strides + 3, row, group), p.bias_of(key_at), true, forward.keys),
+                   prepared(p, row, rows(value, strides + 6, row, group), p.bias_of(value_at), false, forward.values));
       for (int64_t head = group * times; head < (group + 1) * times; ++head)
         forward.head(prepared(p, row, rows(query, strides, row, head), p.bias_of(head), true, forward.queries),
                      rows(out, strides + 9, row, head), seen, lse + (row * p.heads + head) * p.length);
     }
-    at::native::cpublas::brgemm_release();
+    release(query);
   }
 }
 
-// Strides of query, key, value, out, grad, of_query, of_key, of_value. of_bias: [B, (H + 2 G) * D], by sequences, or
-// null.
-void lmssl_attention_backward(const int64_t* sizes, float scale, const int64_t* segments, const float* cos,
-                              const float* sin, const float* bias, const int64_t* strides, const BF* query,
-                              const BF* key, const BF* value, const BF* out, const BF* grad, const float* lse,
-                              BF* of_query, BF* of_key, BF* of_value, float* of_bias, int32_t threads) {
-  const Problem p = problem(sizes, scale, segments, cos, sin, bias);
+template <typename S>
+void find_gradients(const Problem& p, const int64_t* strides, const S* query, const S* key, const S* value,
+                    const S* out, const S* grad, const float* lse, S* of_query, S* of_key, S* of_value, float* of_bias,
+                    int32_t threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Backward backward(p);
+    Backward<S> backward(p);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < p.batch * p.groups; ++task) {
       const int64_t row = task / p.groups, group = task % p.groups, times = p.heads / p.groups;
@@ -315,11 +324,11 @@ void lmssl_attention_backward(const int64_t* sizes, float scale, const int64_t* 
         std::fill_n(found, p.width, 0.f);
         return found;
       };
-      const Seen seen(p, row);
-      const Rows keys = prepared(p, row, rows(key, strides + 3, row, group), p.bias_of(key_at), true, backward.keys);
-      const Rows values =
+      const Seen<S> seen(p, row);
+      const Rows<S> keys = prepared(p, row, rows(key, strides + 3, row, group), p.bias_of(key_at), true, backward.keys);
+      const Rows<S> values =
           prepared(p, row, rows(value, strides + 6, row, group), p.bias_of(value_at), false, backward.values);
-      turn_keys(keys, p.length, p.width, p.padded(), backward.key_turned.data());
+      backward.pack(keys);
       backward.of_key.clear();
       backward.of_value.clear();
       for (int64_t head = group * times; head < (group + 1) * times; ++head)
@@ -327,7 +336,7 @@ void lmssl_attention_backward(const int64_t* sizes, float scale, const int64_t* 
                       keys, values, rows(out, strides + 9, row, head), rows(grad, strides + 12, row, head),
                       rows(of_query, strides + 15, row, head), seen, lse + (row * p.heads + head) * p.length,
                       sums(head));
-      const Rows key_to = rows(of_key, strides + 18, row, group), value_to = rows(of_value, strides + 21, row, group);
+      const Rows<S> key_to = rows(of_key, strides + 18, row, group), value_to = rows(of_value, strides + 21, row, group);
       float *of_key_bias = sums(key_at), *of_value_bias = sums(value_at);
       for (int64_t i = 0; i < p.length; ++i) {
         const int64_t place = i * p.width;
@@ -335,7 +344,31 @@ void lmssl_attention_backward(const int64_t* sizes, float scale, const int64_t* 
         store_gradient(p, row, i, false, backward.of_value.data() + place, value_to.at(i), of_value_bias);
       }
     }
-    at::native::cpublas::brgemm_release();
+    release(query);
   }
 }
+
+}  // namespace
+
+// Attention's strides: of sequence, token and head of query, key, value, out; its gradients' of query, key, value, out,
+// grad, of_query, of_key, of_value. of_bias: [B, (H + 2 G) * D], by sequences, or null.
+#define LMSSL_ATTENTION(NAME, S)                                                                                      \
+  void lmssl_attention_##NAME(const int64_t* sizes, float scale, const int64_t* segments, const float* cos,           \
+                              const float* sin, const float* bias, const int64_t* strides, const S* query,            \
+                              const S* key, const S* value, S* out, float* lse, int32_t threads) {                    \
+    attend(problem(sizes, scale, segments, cos, sin, bias), strides, query, key, value, out, lse, threads);           \
+  }                                                                                                                   \
+  void lmssl_attention_backward_##NAME(const int64_t* sizes, float scale, const int64_t* segments, const float* cos,  \
+                                       const float* sin, const float* bias, const int64_t* strides, const S* query,   \
+                                       const S* key, const S* value, const S* out, const S* grad, const float* lse,   \
+                                       S* of_query, S* of_key, S* of_value, float* of_bias, int32_t threads) {        \
+    find_gradients(problem(sizes, scale, segments, cos, sin, bias), strides, query, key, value, out, grad, lse,       \
+                   of_query, of_key, of_value, of_bias, threads);                                                     \
+  }
+
+extern "C" {
+LMSSL_ATTENTION(float32, float)
+#if defined(LMSSL_BFLOAT16)
+LMSSL_ATTENTION(bfloat16, BF)
+#endif
 }

@@ -1,23 +1,18 @@
-// Pieces of matrices as oneDNN's small products want them, for processors with AVX-512, bfloat16 and AMX.
+// Pieces of matrices as small products want them: rows of float32 for those below, pairs of rows of bfloat16 for
+// oneDNN's, which use AMX where it is.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 #include <vector>
 
+#include "vec.h"
+
 namespace lmssl {
-
-using BF = at::BFloat16;
-using Vec = at::vec::Vectorized<float>;
-
-constexpr int64_t LANES = 16;
-constexpr int64_t QUERIES = 128;  // of a tile; a multiple of 16
-constexpr int64_t KEYS = 128;    // of a tile; a multiple of 16
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -39,74 +34,23 @@ class Buffer {
 };
 
 // The tokens of one head of one sequence.
+template <typename S>
 struct Rows {
-  BF* data;
+  S* data;
   int64_t stride;
 
-  BF* at(int64_t row) const { return data + row * stride; }
+  S* at(int64_t row) const { return data + row * stride; }
 };
 
 // strides: of sequence, token and head.
-inline Rows rows(const BF* data, const int64_t* strides, int64_t sequence, int64_t head) {
-  return {const_cast<BF*>(data) + sequence * strides[0] + head * strides[2], strides[1]};
+template <typename S>
+inline Rows<S> rows(const S* data, const int64_t* strides, int64_t sequence, int64_t head) {
+  return {const_cast<S*>(data) + sequence * strides[0] + head * strides[2], strides[1]};
 }
 
-// Lanes of [at, at + 16) that lie in [from, to).
-inline __mmask16 lanes(int64_t at, int64_t from, int64_t to) {
-  const int64_t low = std::clamp<int64_t>(from - at, 0, LANES), high = std::clamp<int64_t>(to - at, 0, LANES);
-  return high <= low ? 0 : static_cast<__mmask16>((0xffffu >> (LANES - high)) & (0xffffu << low));
-}
-
-// `body(from, which lanes)` for 16 numbers at a time.
-template <typename Body>
-inline void by_lanes(int64_t count, const Body& body) {
-  int64_t j = 0;
-  for (; j + LANES <= count; j += LANES) body(j, __mmask16(0xffff));
-  if (j < count) body(j, lanes(j, 0, count));
-}
-
-constexpr float LOG2_E = 1.44269504f;
-
-// 2^x of 16 numbers: the whole part of x as an exponent, 2^fraction by a polynomial, minimax on [0, 1) with 1 at 0.
-// Off by at most 2e-7 of itself; none of what is no number.
-inline Vec power_of_two(const Vec& x) {
-  const Vec fraction(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-  Vec sum(1.8671223e-3f);
-  for (const float term : {9.0170465e-3f, 5.5799901e-2f, 2.4016446e-1f, 6.9315130e-1f, 1.f})
-    sum = at::vec::fmadd(sum, fraction, Vec(term));
-  return _mm512_scalef_ps(sum, x);
-}
-
-// e^x; rounding of the product adds 1e-7 |x|.
-inline Vec exponential(const Vec& x) { return power_of_two(x * Vec(LOG2_E)); }
-
-// 16 numbers, zero where `there` says that there are none.
-inline Vec load_bf16(const BF* from, __mmask16 there) {
-  const __m256i half = _mm256_maskz_loadu_epi16(there, from);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-inline void store_bf16(BF* to, __m512 values, __mmask16 there) {
-  _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh(values));
-}
-
-inline __m256i store_bf16(BF* to, __m512 values) {
-  const __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
-  return half;
-}
-
-// Two rows as pairs: first[0], second[0], first[1], second[1], ...
-inline void store_pairs(BF* to, __m256i first, __m256i second) {
-  const __m512i low = _mm512_cvtepu16_epi32(first);
-  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
-  _mm512_storeu_si512(to, _mm512_or_si512(low, high));
-}
-
-inline void store_row(BF* to, const float* from, int64_t width) {
-  int64_t d = 0;
-  for (; d + LANES <= width; d += LANES) store_bf16(to + d, _mm512_loadu_ps(from + d));
-  for (; d < width; ++d) to[d] = BF(from[d]);
+template <typename S>
+inline void store_row(S* to, const float* from, int64_t width) {
+  by_lanes(width, [&](int64_t d, auto there) { store(to + d, load(from + d, there), there); });
 }
 
 // parts [count, width], one after another, into the first.
@@ -115,18 +59,13 @@ inline void sum_parts(float* parts, int64_t count, int64_t width) {
     for (int64_t d = 0; d < width; ++d) parts[d] += parts[part * width + d];
 }
 
-inline float dot(const BF* left, const BF* right, int64_t width) {
-  Vec sum(0.f);
-  by_lanes(width, [&](int64_t d, __mmask16 there) {
-    sum = sum + load_bf16(left + d, there) * load_bf16(right + d, there);
+template <typename S>
+inline float dot(const S* left, const S* right, int64_t width) {
+  Vec found(0.f);
+  by_lanes(width, [&](int64_t d, auto there) {
+    found = found + load(left + d, there) * load(right + d, there);
   });
-  return _mm512_reduce_add_ps(sum);
-}
-
-// C [m, n] = (more ? C : 0) + A [m, k] B, B in pairs of rows: [k / 2, ld_b, 2].
-inline void multiply(int64_t m, int64_t n, int64_t k, const BF* a, int64_t ld_a, const BF* b, int64_t ld_b, float* c,
-                     int64_t ld_c, bool more) {
-  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, more, a, b, c);
+  return sum(found);
 }
 
 // 16 x 16 numbers of 32 bits, turned.
@@ -141,8 +80,110 @@ inline void turn(const float* from, int64_t m, int64_t n, float* to) {
     for (int64_t j = 0; j < n; j += 16) turn16(from + i * n + j, n, to + j * m + i, m);
 }
 
-// Rows [start, start + count) as the right side of a product over the width: [width / 2, padded, 2], the rest zero.
-inline void pack_transposed(const Rows& from, int64_t start, int64_t count, int64_t width, int64_t padded, BF* to) {
+// Rows of the left side and registers of the right side of a block, whose sums stay in registers: of 32 with AVX-512,
+// of 16 with AVX2.
+constexpr int64_t HIGH = 6;
+constexpr int64_t WIDE = LANES == 16 ? 4 : 2;
+
+template <int64_t high, int64_t wide>
+inline void multiply_block(int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b, float* c,
+                           int64_t ld_c, bool more) {
+  Vec sums[high][wide];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < high; ++i)
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < wide; ++j) sums[i][j] = more ? Vec::loadu(c + i * ld_c + j * LANES) : Vec(0.f);
+  for (int64_t l = 0; l < k; ++l) {
+    Vec right[wide];
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < wide; ++j) right[j] = Vec::loadu(b + l * ld_b + j * LANES);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < high; ++i) {
+      const Vec left(a[i * ld_a + l]);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < wide; ++j) sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < high; ++i)
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < wide; ++j) sums[i][j].store(c + i * ld_c + j * LANES);
+}
+
+// The last rows, fewer than a block has.
+template <int64_t high, int64_t wide, typename... Rest>
+inline void multiply_last(int64_t m, Rest... rest) {
+  if constexpr (high > 0) {
+    if (m == high)
+      multiply_block<high, wide>(rest...);
+    else
+      multiply_last<high - 1, wide>(m, rest...);
+  }
+}
+
+template <int64_t wide>
+inline void multiply_columns(int64_t m, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b, float* c,
+                             int64_t ld_c, bool more) {
+  int64_t i = 0;
+  for (; i + HIGH <= m; i += HIGH) multiply_block<HIGH, wide>(k, a + i * ld_a, ld_a, b, ld_b, c + i * ld_c, ld_c, more);
+  multiply_last<HIGH - 1, wide>(m - i, k, a + i * ld_a, ld_a, b, ld_b, c + i * ld_c, ld_c, more);
+}
+
+// C [m, n] = (more ? C : 0) + A [m, k] B [k, n]; n is a multiple of 16.
+inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
+                     float* c, int64_t ld_c, bool more) {
+  int64_t j = 0;
+  for (; j + WIDE * LANES <= n; j += WIDE * LANES) multiply_columns<WIDE>(m, k, a, ld_a, b + j, ld_b, c + j, ld_c, more);
+  for (; j < n; j += LANES) multiply_columns<1>(m, k, a, ld_a, b + j, ld_b, c + j, ld_c, more);
+}
+
+// Rows [start, start + count) as the right side of a product over the width: [width, padded], the rest zero.
+inline void pack_transposed(const Rows<float>& from, int64_t start, int64_t count, int64_t width, int64_t padded,
+                            float* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int64_t d = 0; d < width; d += 16) turn16(from.at(start + i) + d, from.stride, to + d * padded + i, padded);
+  for (int64_t d = 0; d < width; ++d) {
+    for (int64_t j = i; j < count; ++j) to[d * padded + j] = from.at(start + j)[d];
+    std::fill(to + d * padded + count, to + (d + 1) * padded, 0.f);
+  }
+}
+
+// The same as its left side.
+inline void pack_turned(const Rows<float>& from, int64_t start, int64_t count, int64_t width, int64_t padded,
+                        float* to) {
+  pack_transposed(from, start, count, width, padded, to);
+}
+
+// Rows [start, start + count) as the right side of a product over the rows: [padded, width], the rest zero.
+inline void pack_rows(const Rows<float>& from, int64_t start, int64_t count, int64_t width, int64_t padded, float* to) {
+  for (int64_t i = 0; i < count; ++i) std::copy_n(from.at(start + i), width, to + i * width);
+  std::fill(to + count * width, to + padded * width, 0.f);
+}
+
+inline void release(const float*) {}
+
+#if defined(LMSSL_BFLOAT16)
+
+// Two rows as pairs: first[0], second[0], first[1], second[1], ...
+inline void store_pairs(BF* to, __m256i first, __m256i second) {
+  const __m512i low = _mm512_cvtepu16_epi32(first);
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+  _mm512_storeu_si512(to, _mm512_or_si512(low, high));
+}
+
+inline void store_pairs(BF* to, const Vec& first, const Vec& second) {
+  store_pairs(to, narrowed(first), narrowed(second));
+}
+
+// The same, B in pairs of rows: [k / 2, ld_b, 2].
+inline void multiply(int64_t m, int64_t n, int64_t k, const BF* a, int64_t ld_a, const BF* b, int64_t ld_b, float* c,
+                     int64_t ld_c, bool more) {
+  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, more, a, b, c);
+}
+
+// [width / 2, padded, 2].
+inline void pack_transposed(const Rows<BF>& from, int64_t start, int64_t count, int64_t width, int64_t padded, BF* to) {
   auto* pairs = reinterpret_cast<uint32_t*>(to);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES)
@@ -155,8 +196,8 @@ inline void pack_transposed(const Rows& from, int64_t start, int64_t count, int6
   }
 }
 
-// Rows [start, start + count) as the right side of a product over the rows: [padded / 2, width, 2], the rest zero.
-inline void pack_pairs(const Rows& from, int64_t start, int64_t count, int64_t width, int64_t padded, BF* to) {
+// [padded / 2, width, 2].
+inline void pack_rows(const Rows<BF>& from, int64_t start, int64_t count, int64_t width, int64_t padded, BF* to) {
   const __m256i zero = _mm256_setzero_si256();
   for (int64_t i = 0; i < padded; i += 2)
     for (int64_t d = 0; d < width; d += LANES) {
@@ -167,16 +208,19 @@ inline void pack_pairs(const Rows& from, int64_t start, int64_t count, int64_t w
     }
 }
 
-// Keys as [width, padded], the rest zero.
-inline void turn_keys(const Rows& from, int64_t count, int64_t width, int64_t padded, BF* to) {
+inline void pack_turned(const Rows<BF>& from, int64_t start, int64_t count, int64_t width, int64_t padded, BF* to) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES)
     for (int64_t d = 0; d < width; d += LANES)
-      at::vec::transpose_mxn<BF, 16, 16>(from.at(i) + d, from.stride, to + d * padded + i, padded);
+      at::vec::transpose_mxn<BF, 16, 16>(from.at(start + i) + d, from.stride, to + d * padded + i, padded);
   for (int64_t d = 0; d < width; ++d) {
-    for (int64_t j = i; j < count; ++j) to[d * padded + j] = from.at(j)[d];
+    for (int64_t j = i; j < count; ++j) to[d * padded + j] = from.at(start + j)[d];
     std::fill(to + d * padded + count, to + (d + 1) * padded, BF(0.f));
   }
 }
+
+inline void release(const BF*) { at::native::cpublas::brgemm_release(); }
+
+#endif
 
 }  // namespace lmssl

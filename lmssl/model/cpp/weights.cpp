@@ -7,6 +7,8 @@
 
 #include "tiles.h"
 
+#if defined(LMSSL_BFLOAT16)
+
 namespace {
 
 using namespace lmssl;
@@ -116,8 +118,8 @@ int64_t parts_of_outputs(int64_t outputs, int64_t inputs, int64_t threads) {
 extern "C" {
 
 // O and I are multiples of 16.
-void lmssl_weight_gradient(const BF* grad, const BF* hidden, int64_t tokens, int64_t outputs, int64_t inputs,
-                           float* out, int32_t threads) {
+void lmssl_weight_gradient_bfloat16(const BF* grad, const BF* hidden, int64_t tokens, int64_t outputs, int64_t inputs,
+                                    float* out, int32_t threads) {
   if (!tokens) {
     std::fill_n(out, outputs * inputs, 0.f);
     return;
@@ -134,3 +136,5 @@ void lmssl_weight_gradient(const BF* grad, const BF* hidden, int64_t tokens, int
   }
 }
 }
+
+#endif
