@@ -4,8 +4,8 @@
 
 One layer's attention, forward and backward, on so many tokens of documents of log-normal lengths. The ways are those
 that `model/attention.py` chooses from: compiled products under a mask, torch's kernel under the same mask (where
-nothing is compiled), documents one by one, and in bfloat16 on CPUs with AMX tiles in a kernel of our own. They take
-turns in one process, A B C A B C. Results are appended to benchmarks/results/attention.jsonl.
+nothing is compiled), documents one by one, and tiles in a kernel of our own. They take turns in one process, A B C A B
+C. Results are appended to benchmarks/results/attention.jsonl.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
     if args.tiny:
         args.lengths, args.means, args.tokens, args.repeats = [128], [50.0], 256, 2
     keep_memory()
-    if args.dtype == "bfloat16":
+    if native.processor_can(getattr(torch, args.dtype)):
         native.load()
     rows: list[dict[str, Any]] = []
     for causal in (True, False):

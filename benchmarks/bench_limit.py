@@ -2,14 +2,15 @@
 
     python benchmarks/bench_limit.py [--objective causal|masked] [--repeats 3] [--tiny]
 
-The products are written down while one compiled step runs (with --tiny a plain one): every multiplication in the step's
-precision with its shapes and strides, forward and both backward ones, the head's at targets included, in the step's
-order. Then they are run alone, one after the other, on operands that exist already, those of torch into results that
-exist already too. A second time torch makes them all, and a third time each with operands laid out as is fastest for
-it. Attention's products are apart: where our kernel makes them, those of the tiles that it visits for the batch's
-documents, at the rate of the other products; elsewhere they are timed (causal: over four blocks of queries, as the
-compiled step has them). Limit and step are processes of their own, A B A B. The share is seconds of all products /
-seconds of a step of `lmssl train`. Results are appended to benchmarks/results/limit.jsonl.
+The products are written down while one step runs, compiled in bf16, uncompiled in float32, which multiplies the same
+(and with --tiny): every multiplication in the step's precision with its shapes and strides, forward and both backward
+ones, the head's at targets included, in the step's order. Then they are run alone, one after the other, on operands
+that exist already, those of torch into results that exist already too. A second time torch makes them all, and a third
+time each with operands laid out as is fastest for it. Attention's products are apart: where our kernel makes them,
+those of the tiles that it visits for the batch's documents, at the rate of the other products; elsewhere they are timed
+(causal: over four blocks of queries, as the compiled step has them). Limit and step are processes of their own, A B A
+B. The share is seconds of all products / seconds of a step of `lmssl train`. Results are appended to
+benchmarks/results/limit.jsonl.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from lmssl.recipe.load import load_recipe
 from lmssl.recipe.sections import Recipe
 from lmssl.train.lock import RunLock
 from lmssl.train.opening import open_session
+from lmssl.train.precision import bf16_is_faster
 
-TILE = 128
-"""Of queries and of keys, as `lmssl/model/cpp/tiles.h` has them."""
+TILE = {torch.bfloat16: 128, torch.float32: 64}
+"""Queries, and keys, of a tile, as `lmssl/model/cpp/attention.cpp` has them."""
 
 Operand = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
@@ -72,7 +74,9 @@ class Products(TorchDispatchMode):
         kind = str(func)
         if kind.startswith("aten._scaled_dot_product") and "backward" not in kind:
             self.attention.append(tuple(args[0].shape))
-        if kind == "lmssl.plus_product.default":  # turns its left side first, and multiplies part by part
+        if kind == "lmssl.plus_product.default" and self.dtype == torch.float32:
+            self.weights.append(Product(_operand(args[2].t()), _operand(args[1])))
+        elif kind == "lmssl.plus_product.default":  # turns its left side first, and multiplies part by part
             self.weights.append(Product(_operand(args[1].t().contiguous()), _operand(args[2])))
         pair = args[:2] if kind == "aten.mm.default" else args[1:3] if kind == "aten.addmm.default" else ()
         if pair and pair[0].dtype == self.dtype:
@@ -99,11 +103,11 @@ def compiled_products(dtype: torch.dtype) -> Iterator[list[Product]]:
 
         return run
 
-    def kernel(name: str) -> Callable[..., Any]:
+    def kernel(name: str, kind: torch.dtype) -> Callable[..., Any]:
         def run(grad: Any, hidden: Any, tokens: Any, outputs: Any, inputs: Any, *rest: Any) -> None:
             left, right = (outputs.value, tokens.value), (tokens.value, inputs.value)
             found.append(Product((left, (1, left[0])), (right, (right[1], 1)), by_kernel=True))
-            native.kernel(name)(grad, hidden, tokens, outputs, inputs, *rest)
+            native.kernel(name, kind)(grad, hidden, tokens, outputs, inputs, *rest)
 
         return run
 
@@ -178,23 +182,23 @@ def fastest(products: list[Product], times: int, dtype: torch.dtype) -> list[Pro
     return [chosen[left[0], right[0]] for left, right, _ in products]
 
 
-def tiles(segments: Tensor, causal: bool) -> int:
-    """Tiles of queries x keys that the kernel visits for the documents of a batch, `TILE` squared each."""
+def tiles(segments: Tensor, causal: bool, size: int) -> int:
+    """Tiles of queries x keys that the kernel visits for the documents of a batch, `size` squared each."""
     length, count = segments.shape[1], 0
     for row in segments:
         same = row[:, None] == row[None, :]
         seen = same & (torch.arange(length)[:, None] >= torch.arange(length)) if causal else same
-        for start in range(0, length, TILE):
-            keys = seen[start : start + TILE].any(0).nonzero()
-            count += int(keys.max()) // TILE - int(keys.min()) // TILE + 1
+        for start in range(0, length, size):
+            keys = seen[start : start + size].any(0).nonzero()
+            count += int(keys.max()) // size - int(keys.min()) // size + 1
     return count
 
 
-def attention_flops(recipe: Recipe, segments: Tensor, causal: bool) -> float:
+def attention_flops(recipe: Recipe, segments: Tensor, causal: bool, size: int) -> float:
     """Two products of each tile forward and five backward, in all heads of all layers."""
     model = recipe.model
     layers, width = model.num_hidden_layers, model.hidden_size  # type: ignore[attr-defined]
-    return 7 * 2.0 * TILE * TILE * width * layers * tiles(segments, causal)
+    return 7 * 2.0 * size * size * width * layers * tiles(segments, causal, size)
 
 
 def attention_calls(shapes: list[tuple[int, ...]], causal: bool, dtype: torch.dtype) -> list[Callable[[], Any]]:
@@ -234,7 +238,9 @@ def flops(products: list[Product]) -> float:
 def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step's products."""
     with tempfile.TemporaryDirectory() as scratch:
-        overrides = [f"out={scratch}/run", "data.workers=0", *(["train.compile=off"] if args.tiny else [])]
+        overrides = [f"out={scratch}/run", "data.workers=0"]
+        if args.tiny or not bf16_is_faster("cpu"):
+            overrides += ["train.compile=off", "train.kernels=on"]
         recipe = load_recipe(folder / "recipe-limit.yaml", overrides).recipe
         found = steps(recipe)
     products, dtype = found.weights, found.dtype
@@ -247,10 +253,10 @@ def limit(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "flops": flops(products),
         "num_products": len(products),
     }
-    if native.in_use() and dtype == torch.bfloat16:
+    if native.in_use():
         assert found.segments is not None
         rate = row["flops"] / row["seconds"]
-        return row | {"attention_seconds": attention_flops(recipe, found.segments, causal) / rate}
+        return row | {"attention_seconds": attention_flops(recipe, found.segments, causal, TILE[dtype]) / rate}
     shapes = found.attention or [_queries(recipe, args)] * recipe.model.num_hidden_layers  # type: ignore[attr-defined]
     return row | {"attention_seconds": seconds(attention_calls(shapes, causal, dtype), args.times)}
 

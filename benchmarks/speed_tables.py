@@ -172,8 +172,8 @@ def attention(record: dict[str, Any]) -> str:
     lines = [
         f"## Document attention by length, CPU, {precision(record)}\n",
         f"One layer, {record['heads']} heads of {record['head']}, {record['dtype']}, {record['tokens']:,} tokens, "
-        "forward and backward, milliseconds; documents of log-normal lengths. Runs in this type go by the loop from "
-        f"{record['loop_from_tokens']:,} tokens a sequence on{', compiled ones by tiles' * ('tiles' in names)}.\n",
+        "forward and backward, milliseconds; documents of log-normal lengths. Steps in this type go by "
+        f"{'tiles, without kernels by ' * ('tiles' in names)}the loop from {record['loop_from_tokens']:,} tokens on.\n",
         f"| attention | mean document | sequence | {' | '.join(names)} | fastest |",
         f"| --- | --- | --- | {'--- | ' * len(names)}--- |",
     ]
