@@ -7,7 +7,7 @@ The products are written down while one step runs, compiled in bf16, uncompiled 
 ones, the head's at targets included, in the step's order. Then they are run alone, one after the other, on operands
 that exist already, those of torch into results that exist already too. A second time torch makes them all, and a third
 time each with operands laid out as is fastest for it. Attention's products are apart: where our kernel makes them,
-those of the tiles that it visits for the batch's documents, at the rate of the other products; elsewhere they are timed
+those that it makes for the documents of the batch, at the rate of the other products; elsewhere they are timed
 (causal: over four blocks of queries, as the compiled step has them). Limit and step are processes of their own, A B A
 B. The share is seconds of all products / seconds of a step of `lmssl train`. Results are appended to
 benchmarks/results/limit.jsonl.
@@ -182,23 +182,29 @@ def fastest(products: list[Product], times: int, dtype: torch.dtype) -> list[Pro
     return [chosen[left[0], right[0]] for left, right, _ in products]
 
 
-def tiles(segments: Tensor, causal: bool, size: int) -> int:
-    """Tiles of queries x keys that the kernel visits for the documents of a batch, `size` squared each."""
+def scores(segments: Tensor, causal: bool, size: int) -> int:
+    """Scores of queries and keys that the kernel makes for the documents of a batch, tile by tile of `size` squared.
+
+    Of tiles of 64, those that our own product is for, only the rows and columns between which something is seen.
+    """
     length, count = segments.shape[1], 0
     for row in segments:
         same = row[:, None] == row[None, :]
         seen = same & (torch.arange(length)[:, None] >= torch.arange(length)) if causal else same
-        for start in range(0, length, size):
-            keys = seen[start : start + size].any(0).nonzero()
-            count += int(keys.max()) // size - int(keys.min()) // size + 1
+        for queries in seen.split(size):
+            for tile in queries.split(size, dim=1):
+                if tile.any():
+                    sides = [tile.any(dim).nonzero() for dim in (0, 1)]
+                    spans = [int(side.max() - side.min()) + 1 for side in sides]
+                    count += spans[0] * spans[1] if size == TILE[torch.float32] else size * size
     return count
 
 
 def attention_flops(recipe: Recipe, segments: Tensor, causal: bool, size: int) -> float:
-    """Two products of each tile forward and five backward, in all heads of all layers."""
+    """Two products forward and five backward, in all heads of all layers."""
     model = recipe.model
     layers, width = model.num_hidden_layers, model.hidden_size  # type: ignore[attr-defined]
-    return 7 * 2.0 * size * size * width * layers * tiles(segments, causal, size)
+    return 7 * 2.0 * width * layers * scores(segments, causal, size)
 
 
 def attention_calls(shapes: list[tuple[int, ...]], causal: bool, dtype: torch.dtype) -> list[Callable[[], Any]]:

@@ -42,7 +42,7 @@ class TrainSection(Section):
     compile: Literal["auto", "off", "layers", "model"] = "auto"
     """torch.compile: whole model, each layer, or off; `auto`: model on CPU, layers elsewhere, off for short runs."""
     kernels: Literal["auto", "on", "off"] = "auto"
-    """Kernels of our own, not torch's, for bf16 on CPUs with AMX; `auto`: not for runs too short to build them."""
+    """Kernels of our own, not torch's, on x86 CPUs with AVX2 or more; `auto`: not for runs too short to build them."""
     deterministic: bool | None = None
     """Bit-exact repeats on one machine; null: on for CPU, where it costs nothing."""
     log_every_steps: Int = Field(default=10, ge=1)

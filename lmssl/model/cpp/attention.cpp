@@ -2,8 +2,8 @@
 //
 // A tile of queries meets the tiles of keys that one of its queries may see, so that what packed documents do not
 // share costs nothing and no mask exists. Scores and sums are float32; operands of products have the type S of tokens,
-// float32 or bfloat16. In the backward pass tiles are held as keys x queries: then probabilities and their gradients are the left sides of the
-// products for values and keys as they are, and nothing is transposed but a tile's queries.
+// float32 or bfloat16. In the backward pass tiles are held as keys x queries: then probabilities and their gradients
+// are the left sides of the products for values and keys as they are, and nothing is transposed but a tile's queries.
 //
 // B sequences, H heads of queries, G of keys and values, T tokens, D width of a head.
 #include <cmath>
@@ -96,6 +96,11 @@ void store_gradient(const Problem& p, int64_t sequence, int64_t position, bool t
   store_row(to, from, p.width);
 }
 
+// Queries and keys of a tile, counted from its first.
+struct Part {
+  int64_t query, end_query, key, end_key;
+};
+
 // Which keys each query of a sequence sees, [first, end), none for what fills the last tile of queries.
 template <typename S>
 struct Seen {
@@ -113,11 +118,22 @@ struct Seen {
     }
   }
 
-  // The keys that a tile of queries meets, from a whole tile of keys on.
-  std::pair<int64_t, int64_t> of_tile(int64_t from, int64_t count) const {
-    const auto low = *std::min_element(first.begin() + from, first.begin() + from + count);
-    const auto high = *std::max_element(end.begin() + from, end.begin() + from + count);
-    return {low / KEYS<S> * KEYS<S>, high};
+  // The keys that queries [from, from + count) meet.
+  std::pair<int64_t, int64_t> keys_of(int64_t from, int64_t count) const {
+    return {*std::min_element(first.begin() + from, first.begin() + from + count),
+            *std::max_element(end.begin() + from, end.begin() + from + count)};
+  }
+
+  // Queries that see a key of a tile, and the keys that they see; all in bfloat16, for oneDNN writes code by shapes.
+  Part part_of(int64_t start, int64_t count, int64_t keys) const {
+    if constexpr (!std::is_same_v<S, float>) return {0, count, 0, KEYS<S>};
+    int64_t from = 0, to = count;
+    const auto meets = [&](int64_t i) { return first[start + i] < keys + KEYS<S> && end[start + i] > keys; };
+    while (from < to && !meets(from)) ++from;
+    while (from < to && !meets(to - 1)) --to;
+    if (from == to) return {};
+    const auto [low, high] = keys_of(start + from, to - from);
+    return {from, to, std::max<int64_t>(low - keys, 0), std::min<int64_t>(high - keys, KEYS<S>)};
   }
 };
 
@@ -177,22 +193,25 @@ struct Forward {
     float top[QUERIES], total[QUERIES] = {};
     std::fill_n(top, QUERIES, -std::numeric_limits<float>::infinity());
     std::fill_n(out.data(), count * p.width, 0.f);
-    const auto [low, high] = seen.of_tile(start, count);
-    for (int64_t keys = low; keys < high; keys += KEYS) {
-      multiply(count, KEYS, p.width, query.at(start), query.stride, key_t.data() + keys * p.width, KEYS, scores.data(),
-               KEYS, false);
-      for (int64_t i = 0; i < count; ++i) {
+    const auto [low, high] = seen.keys_of(start, count);
+    for (int64_t keys = low / KEYS * KEYS; keys < high; keys += KEYS) {
+      const Part part = seen.part_of(start, count, keys);
+      const int64_t asked = part.end_query - part.query, place = part.query * KEYS, column = part.key / 16 * 16;
+      multiply(asked, round_up(part.end_key - column, 16), p.width, query.at(start + part.query), query.stride,
+               key_t.data() + keys * p.width + column, KEYS, scores.data() + place + column, KEYS, false);
+      for (int64_t i = part.query; i < part.end_query; ++i) {
         const int64_t from = std::max<int64_t>(seen.first[start + i] - keys, 0);
         const int64_t to_key = std::min<int64_t>(seen.end[start + i] - keys, KEYS);
         S* row = powers.data() + i * KEYS;
+        float* sums = out.data() + i * p.width;
         if (from >= to_key)
           std::fill_n(row, KEYS, S(0.f));
         else
-          soften(scores.data() + i * KEYS, row, out.data() + i * p.width, p.width, from, to_key, p.scale, top[i],
-                 total[i]);
+          soften(scores.data() + i * KEYS, row, sums, p.width, from, to_key, p.scale, top[i], total[i]);
       }
-      multiply(count, p.width, KEYS, powers.data(), KEYS, value_rows.data() + keys * p.width, p.width, out.data(),
-               p.width, true);
+      multiply(asked, p.width, part.end_key - part.key, powers.data() + place + part.key, KEYS,
+               value_rows.data() + (keys + part.key) * p.width, p.width, out.data() + part.query * p.width, p.width,
+               true);
     }
     for (int64_t i = 0; i < count; ++i) {
       lse[start + i] = top[i] + std::log(total[i]);
@@ -237,42 +256,49 @@ struct Backward {
         delta[i] = i < count ? dot(grad.at(start + i), out.at(start + i), p.width) : 0.f;
       float lse_tile[QUERIES] = {};
       for (int64_t i = 0; i < count; ++i) lse_tile[i] = lse[start + i] * LOG2_E;
-      const auto [low, high] = seen.of_tile(start, count);
-      for (int64_t keys = low; keys < high; keys += KEYS)
-        tile(key, value, seen, start, keys, keys != low, lse_tile);
+      of_query_t.clear();
+      const auto [low, high] = seen.keys_of(start, count);
+      for (int64_t keys = low / KEYS * KEYS; keys < high; keys += KEYS)
+        tile(key, value, seen, start, keys, seen.part_of(start, count, keys), lse_tile);
       turn(of_query_t.data(), p.width, QUERIES, of_query.data());
       for (int64_t i = 0; i < count; ++i)
         store_gradient(p, sequence, start + i, true, of_query.data() + i * p.width, to.at(start + i), of_bias);
     }
   }
 
-  void tile(const Rows<S>& key, const Rows<S>& value, const Seen<S>& seen, int64_t start, int64_t keys, bool more,
+  void tile(const Rows<S>& key, const Rows<S>& value, const Seen<S>& seen, int64_t start, int64_t keys, Part part,
             const float* lse) {
-    const int64_t count = std::min(KEYS, p.length - keys);
-    multiply(count, QUERIES, p.width, key.at(keys), key.stride, query_t.data(), QUERIES, scores.data(), QUERIES, false);
-    multiply(count, QUERIES, p.width, value.at(keys), value.stride, grad_t.data(), QUERIES, grad_probs.data(), QUERIES,
-             false);
-    soften(seen, start, keys, count, lse);
-    multiply(count, p.width, QUERIES, probs.data(), QUERIES, grad_rows.data(), p.width, of_value.data() + keys * p.width,
-             p.width, true);
-    multiply(count, p.width, QUERIES, grad_scores.data(), QUERIES, query_rows.data(), p.width,
-             of_key.data() + keys * p.width, p.width, true);
-    const S* of_scores = PAIRS ? score_pairs.data() : grad_scores.data();
-    multiply(p.width, QUERIES, KEYS, key_turned.data() + keys * p.width, KEYS, of_scores, QUERIES, of_query_t.data(),
-             QUERIES, more);
+    const int64_t count = std::min(part.end_key, p.length - keys) - part.key, first = keys + part.key;
+    const int64_t column = part.query / 16 * 16, asked = round_up(part.end_query - column, PAIRS ? QUERIES : 16);
+    const int64_t place = part.key * QUERIES + column;
+    multiply(count, asked, p.width, key.at(first), key.stride, query_t.data() + column, QUERIES, scores.data() + place,
+             QUERIES, false);
+    multiply(count, asked, p.width, value.at(first), value.stride, grad_t.data() + column, QUERIES,
+             grad_probs.data() + place, QUERIES, false);
+    soften(seen, start, keys, part, column, column + asked, lse);
+    multiply(count, p.width, asked, probs.data() + place, QUERIES, grad_rows.data() + column * p.width, p.width,
+             of_value.data() + first * p.width, p.width, true);
+    multiply(count, p.width, asked, grad_scores.data() + place, QUERIES, query_rows.data() + column * p.width, p.width,
+             of_key.data() + first * p.width, p.width, true);
+    const S* of_scores = PAIRS ? score_pairs.data() : grad_scores.data() + place;
+    multiply(p.width, asked, PAIRS ? KEYS : count, key_turned.data() + keys * p.width + part.key, KEYS, of_scores,
+             QUERIES, of_query_t.data() + column, QUERIES, true);
   }
 
-  // Probabilities and gradients of scores, two keys at a time: the pair is also what the queries' product reads.
-  void soften(const Seen<S>& seen, int64_t start, int64_t keys, int64_t count, const float* lse) {
+  // Probabilities and gradients of scores; two keys at a time where the queries' product reads pairs.
+  void soften(const Seen<S>& seen, int64_t start, int64_t keys, Part part, int64_t column, int64_t end,
+              const float* lse) {
+    constexpr int64_t TIMES = PAIRS ? 2 : 1;
     const Vec scale(p.scale), steep(p.scale * LOG2_E);
-    for (int64_t j = 0; j < KEYS; j += 2)
-      for (int64_t i = 0; i < QUERIES; i += LANES) {
-        Vec found[2] = {Vec(0.f), Vec(0.f)};
-        for (int64_t k = 0; k < 2; ++k) {
+    for (int64_t j = part.key; j < part.end_key; j += TIMES)
+      for (int64_t i = column; i < end; i += LANES) {
+        Vec found[TIMES];
+        for (int64_t k = 0; k < TIMES; ++k) {
           const int64_t place = (j + k) * QUERIES + i, query = start + i;
           const Lanes kept = around(seen.first.data() + query, seen.end.data() + query, keys + j + k);
           Vec prob(0.f);
-          if (j + k < count && !none(kept)) {
+          found[k] = Vec(0.f);
+          if (!none(kept)) {
             const Vec power = at::vec::fmsub(load(scores.data() + place), steep, load(lse + i));
             prob = keep(kept, power_of_two(power));
             const Vec centred = load(grad_probs.data() + place) - load(delta.data() + i);
@@ -336,7 +362,7 @@ void find_gradients(const Problem& p, const int64_t* strides, const S* query, co
                       keys, values, rows(out, strides + 9, row, head), rows(grad, strides + 12, row, head),
                       rows(of_query, strides + 15, row, head), seen, lse + (row * p.heads + head) * p.length,
                       sums(head));
-      const Rows<S> key_to = rows(of_key, strides + 18, row, group), value_to = rows(of_value, strides + 21, row, group);
+      const auto key_to = rows(of_key, strides + 18, row, group), value_to = rows(of_value, strides + 21, row, group);
       float *of_key_bias = sums(key_at), *of_value_bias = sums(value_at);
       for (int64_t i = 0; i < p.length; ++i) {
         const int64_t place = i * p.width;

@@ -134,6 +134,7 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
                      float* c, int64_t ld_c, bool more) {
   int64_t j = 0;
   for (; j + WIDE * LANES <= n; j += WIDE * LANES) multiply_columns<WIDE>(m, k, a, ld_a, b + j, ld_b, c + j, ld_c, more);
+  for (; j + 2 * LANES <= n; j += 2 * LANES) multiply_columns<2>(m, k, a, ld_a, b + j, ld_b, c + j, ld_c, more);
   for (; j < n; j += LANES) multiply_columns<1>(m, k, a, ld_a, b + j, ld_b, c + j, ld_c, more);
 }
 
