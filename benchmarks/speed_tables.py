@@ -80,7 +80,7 @@ def limit(record: dict[str, Any]) -> str:
         f"| products of attention | {spread(columns['attention_seconds'], '.3f')} | |",
         f"| both | | {spread(columns['share'], '.2f')} |",
     ]
-    if "torch_seconds" in columns:  # older records have no products but torch's
+    if "torch_seconds" in columns and precision(record) == "bf16":  # older records have no others
         by_torch = [(row["torch_seconds"] + row["attention_seconds"]) / row["step_seconds"] for row in rounds]
         lines.append(
             f"| both, all made by torch | {spread(columns['torch_seconds'], '.3f')} | {spread(by_torch, '.2f')} |"

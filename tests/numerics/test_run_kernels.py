@@ -1,4 +1,4 @@
-"""Runs by kernels of our own, spread over processes: they lose what one process loses with torch's."""
+"""Runs by kernels of our own, of every objective and spread over processes: they lose what torch's lose."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 from launched_runs import finish, launch
 from lmssl.model import native
+from lmssl.recipe.load import load_recipe
+from lmssl.train.run import train
 from runs import metrics, small_recipe, write_recipe
 
 pytestmark = [
@@ -52,3 +54,31 @@ def test_they_lose_what_torch_does_in_one_process(
         assert (without, had) == (False, expected), file
         assert ours == pytest.approx(single, rel=of_losses), file
         assert of_ours == pytest.approx(norms, rel=of_norms), file  # FSDP2 sums it otherwise, 2e-5 of it
+
+
+DEBUG = sorted(path.name for path in (Path(__file__).parents[2] / "recipes" / "debug").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python's documentation, tokenized once for all recipes."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_every_objective_loses_the_same(tmp_path: Path, cache: Path, root: Path, name: str) -> None:
+    """In float32, as long as rounding has not been multiplied by steps."""
+    recipe = root / "recipes" / "debug" / name
+    tokens = 4 * load_recipe(recipe).recipe.train.batch_tokens
+    found = {}
+    for kernels in ("off", "on"):
+        changes = {"out": tmp_path / kernels, "data.cache": cache, "data.workers": 0, "evaluate.every_steps": "null"}
+        changes |= {"train.tokens": tokens, "train.log_every_steps": 1, "train.precision": "fp32"}
+        changes |= {"train.compile": "off", "train.kernels": kernels}
+        run = train(load_recipe(recipe, [f"{field}={value}" for field, value in changes.items()]))
+        assert json.loads((run / "sessions.jsonl").read_text(encoding="utf-8"))["kernels"] == (kernels == "on")
+        found[kernels] = [row for row in metrics(run) if row["kind"] == "train"]
+    assert len(found["on"]) == 4
+    for ours, theirs in zip(found["on"], found["off"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-6)
