@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +91,16 @@ def test_what_a_processor_has_decides_which_types_are_known(tmp_path: Path, monk
         native.library_file.cache_clear()
         files.add(native.library_file("g++", tmp_path))
     assert len(files) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="they are built for AVX2 anyway")
+def test_built_for_avx2_they_compute_the_same() -> None:
+    """All tests of kernels once more, in a process that is told that the processor has no more than that."""
+    tests = Path(__file__).with_name("test_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(tests)]
+    environment = dict(os.environ) | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tests.parents[2], check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
