@@ -104,7 +104,7 @@ def test_attention_and_its_gradients(
     assert not far(out, wanted, 0.004)
     for a, b in zip(found, gradients, strict=True):
         assert a.shape == b.shape
-        assert not far(a, b, 0.01) or float(b.norm()) < 1e-6  # one key: scores have no gradient
+        assert not far(a, b, 0.006) or float(b.norm()) < 1e-6  # one key: scores have no gradient
 
 
 @pytest.mark.parametrize(("heads", "groups", "width"), [(3, 3, 64), (4, 2, 32)])
@@ -134,7 +134,7 @@ def test_joined_attention_rotates_and_has_one_gradient(
     assert not far(out, wanted, 0.005)
     found, expected = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(wanted, exact, grad.double())
     for a, b in zip(found, expected, strict=True):
-        assert not far(a.to(dtype), b, 0.01)
+        assert not far(a.to(dtype), b, 0.006)
 
 
 def test_an_embeddings_gradient_is_summed_by_rows() -> None:
