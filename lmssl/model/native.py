@@ -34,7 +34,7 @@ _INSTRUCTIONS = {
     "AVX512": _AVX512,
     "AVX512 with bfloat16": (*_AVX512, "-mavx512bf16"),
 }
-"""Flags of the compiler, by what torch calls a processor; the last is what there are kernels for bfloat16 for."""
+"""Flags of the compiler, by what torch calls a processor; kernels for bfloat16 are built for the last one only."""
 _loaded: ctypes.CDLL | None = None
 _types: tuple[torch.dtype, ...] = ()
 _aside = False
